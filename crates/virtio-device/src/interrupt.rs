@@ -1,0 +1,32 @@
+//! How a device reaches its driver.
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// Why the driver is to be interrupted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum InterruptEvent {
+    /// The configuration space has changed (virtio 1.3, section 2.3).
+    Config,
+    /// Buffers of this queue have been used.
+    Queue(u16),
+}
+
+/// The way to the driver, implemented by the transport; a recorder in tests.
+///
+/// It is called from I/O threads and takes no lock that a vCPU thread holds.
+pub trait VirtioInterrupt: Send + Sync {
+    /// Interrupts the driver.
+    fn trigger(&self, event: InterruptEvent);
+
+    /// An eventfd that has the effect of [`trigger`](Self::trigger) for this event when it is
+    /// written, for workers outside the process or in the kernel; `None` where the transport has
+    /// to be told of each event.
+    fn notifier(&self, event: InterruptEvent) -> Option<EventFd> {
+        let _ = event;
+        None
+    }
+
+    /// The device can't go on: sets `DEVICE_NEEDS_RESET` and tells the driver (virtio 1.3, section
+    /// 2.1.2).
+    fn needs_reset(&self);
+}

@@ -1,0 +1,2 @@
+//! Placeholder of this step.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Devices that ACPI describes: power management, generic events, pvpanic.

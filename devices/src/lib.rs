@@ -1,0 +1,5 @@
+//! The devices of a virtual machine. None of them knows KVM.
+
+pub mod acpi;
+pub mod legacy;
+pub mod virtio;
