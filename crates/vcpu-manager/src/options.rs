@@ -1,0 +1,48 @@
+//! What can be chosen about the vCPU threads.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::KickSignal;
+
+/// Reads guest memory: fills the slice from this guest physical address on (in bytes) and says
+/// whether it could.
+pub type ReadMemory = Arc<dyn Fn(u64, &mut [u8]) -> bool + Send + Sync>;
+
+/// What can be chosen about the vCPU threads of a machine.
+#[derive(Clone)]
+pub struct VcpuOptions {
+    /// The signal by which vCPUs are brought out of the guest.
+    pub kick_signal: KickSignal,
+    /// The threads are named by this and the vCPU's index. The system shows 15 bytes of it.
+    pub thread_name: String,
+    /// Whether the vCPUs wait for [`VcpuManager::resume`](crate::VcpuManager::resume) before they
+    /// run their first instruction.
+    pub start_paused: bool,
+    /// By which the instruction at which the machine crashed is read, for the report; called on a
+    /// vCPU's thread. Without it the report has the bytes only where KVM gives them.
+    pub read_memory: Option<ReadMemory>,
+}
+
+impl Default for VcpuOptions {
+    /// Running from the start, threads `vcpu0`, `vcpu1`, ..., the default signal, no memory.
+    fn default() -> Self {
+        Self {
+            kick_signal: KickSignal::default(),
+            thread_name: "vcpu".to_owned(),
+            start_paused: false,
+            read_memory: None,
+        }
+    }
+}
+
+impl fmt::Debug for VcpuOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpuOptions")
+            .field("kick_signal", &self.kick_signal)
+            .field("thread_name", &self.thread_name)
+            .field("start_paused", &self.start_paused)
+            .field("read_memory", &self.read_memory.is_some())
+            .finish()
+    }
+}
