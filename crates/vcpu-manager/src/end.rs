@@ -222,3 +222,78 @@ fn exit_name(reason: u32) -> &'static str {
         _ => "of a kind unknown here",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_crash_is_one_clear_line() {
+        for (cause, expected) in [
+            (CrashCause::TripleFault, "triple fault"),
+            (
+                CrashCause::InternalError {
+                    suberror: 3,
+                    data: vec![1, 0x20],
+                },
+                "KVM internal error 3 (event delivery) 0x1 0x20",
+            ),
+            (
+                CrashCause::FailedEntry {
+                    hardware_reason: 0x8000_0021,
+                    cpu: 1,
+                },
+                "the processor refused to enter the guest (reason 0x80000021, host CPU 1)",
+            ),
+            (
+                CrashCause::MemoryFault {
+                    address: 0x5000,
+                    size: 4096,
+                    flags: 8,
+                },
+                "KVM can't resolve 4096 bytes of guest memory at 0x5000 (flags 0x8)",
+            ),
+            (
+                CrashCause::UnexpectedExit(31),
+                "unexpected KVM exit 31 (DIRTY_RING_FULL)",
+            ),
+            (
+                CrashCause::UnexpectedExit(99),
+                "unexpected KVM exit 99 (of a kind unknown here)",
+            ),
+            (
+                CrashCause::RunFailed(libc::EFAULT),
+                "KVM_RUN failed: Bad address (os error 14)",
+            ),
+        ] {
+            let crash = Crash {
+                vcpu: 3,
+                rip: None,
+                instruction: InstructionBytes::default(),
+                cause,
+            };
+            assert_eq!(crash.to_string(), format!("vCPU 3: {expected}"));
+        }
+    }
+
+    #[test]
+    fn a_crash_says_where_and_at_which_instruction() {
+        let end = MachineEnd::Crash(Crash {
+            vcpu: 0,
+            rip: Some(0xffff_ffff_8100_0000),
+            instruction: InstructionBytes::new(&[0xc4, 0xe2, 0x60, 0xf2, 0x08]),
+            cause: CrashCause::EmulationFailure,
+        });
+        assert_eq!(
+            end.to_string(),
+            "vCPU 0: KVM can't emulate an instruction, at rip 0xffffffff81000000, \
+             instruction bytes c4 e2 60 f2 08"
+        );
+    }
+
+    #[test]
+    fn an_instruction_is_never_longer_than_15_bytes() {
+        assert_eq!(InstructionBytes::new(&[1; 20]).as_slice(), [1; 15]);
+        assert_eq!(InstructionBytes::new(&[]).as_slice(), []);
+    }
+}

@@ -275,3 +275,184 @@ impl Drop for RunPage {
         unsafe { libc::munmap(self.base.as_ptr().cast(), LENGTH) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A page that no vCPU shares.
+    fn page(fill: impl FnOnce(&mut kvm_run)) -> RunPage {
+        // SAFETY: a new anonymous mapping touches nothing that exists.
+        let base = unsafe {
+            libc::mmap(
+                null_mut(),
+                LENGTH,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(base, libc::MAP_FAILED);
+        let base: NonNull<kvm_run> = NonNull::new(base).unwrap().cast();
+        let mut run = kvm_run::default();
+        fill(&mut run);
+        // SAFETY: the mapping is large enough, and not shared yet.
+        unsafe { base.as_ptr().write(run) };
+        RunPage { base }
+    }
+
+    fn io(size: u8, count: u32, data_offset: u64) -> RunPage {
+        page(|run| {
+            run.exit_reason = KVM_EXIT_IO;
+            let io = kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_4 {
+                direction: 0,
+                size,
+                port: 0x60,
+                count,
+                data_offset,
+            };
+            run.__bindgen_anon_1.io = io;
+        })
+    }
+
+    #[test]
+    fn port_data_outside_the_mapping_is_never_touched() {
+        assert!(matches!(io(4, 1024, 4096).exit(), Exit::Pio(_)));
+        for page in [
+            io(4, 1025, 4096),
+            io(1, 1, 8192),
+            io(1, 1, u64::MAX),
+            io(4, u32::MAX, 4096),
+            io(0, 1, 4096),
+            io(3, 1, 4096),
+            io(8, 1, 4096),
+            io(1, 0, 4096),
+        ] {
+            assert_eq!(page.exit(), Exit::Other(KVM_EXIT_IO));
+        }
+    }
+
+    #[test]
+    fn the_last_element_of_the_page_is_read_and_written_whole() {
+        let page = io(2, 2048, 4096);
+        let Exit::Pio(pio) = page.exit() else {
+            panic!("{:?}", page.exit())
+        };
+        page.pio_in(&pio, 2046, [1, 2, 3, 4]);
+        page.pio_in(&pio, 2047, [5, 6, 7, 8]);
+        assert_eq!(page.pio_out(&pio, 2046), [1, 2, 0, 0]);
+        assert_eq!(page.pio_out(&pio, 2047), [5, 6, 0, 0]);
+    }
+
+    #[test]
+    fn an_mmio_length_beyond_the_field_is_cut() {
+        let page = page(|run| {
+            run.exit_reason = KVM_EXIT_MMIO;
+            run.__bindgen_anon_1.mmio.phys_addr = 0x1000;
+            run.__bindgen_anon_1.mmio.len = 9;
+        });
+        assert_eq!(
+            page.exit(),
+            Exit::MmioRead {
+                address: 0x1000,
+                length: 8
+            }
+        );
+    }
+
+    fn emulation_failure(ndata: u32, flags: u64, size: u8) -> RunPage {
+        page(|run| {
+            run.exit_reason = KVM_EXIT_INTERNAL_ERROR;
+            let failure = kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_14 {
+                suberror: KVM_INTERNAL_ERROR_EMULATION,
+                ndata,
+                flags,
+                ..Default::default()
+            };
+            run.__bindgen_anon_1.emulation_failure = failure;
+            let instruction =
+                kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_14__bindgen_ty_1__bindgen_ty_1 {
+                    insn_size: size,
+                    insn_bytes: *b"0123456789abcde",
+                };
+            run.__bindgen_anon_1
+                .emulation_failure
+                .__bindgen_anon_1
+                .__bindgen_anon_1 = instruction;
+        })
+    }
+
+    #[test]
+    fn the_instruction_is_taken_from_kvm_only_where_it_gives_one() {
+        for (ndata, flags, size, expected) in [
+            (3, 1, 4, &b"0123"[..]),
+            (3, 1, 255, b"0123456789abcde"),
+            (3, 0, 4, b""),
+            (1, 1, 4, b""),
+            (0, 0, 0, b""),
+        ] {
+            let page = emulation_failure(ndata, flags, size);
+            assert_eq!(page.exit(), Exit::InternalError);
+            let (cause, instruction) = page.internal_error();
+            assert_eq!(cause, CrashCause::EmulationFailure);
+            assert_eq!(instruction.as_slice(), expected);
+        }
+    }
+
+    #[test]
+    fn an_internal_error_keeps_its_data() {
+        let page = page(|run| {
+            run.exit_reason = KVM_EXIT_INTERNAL_ERROR;
+            let internal = kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_13 {
+                suberror: 3,
+                ndata: 2,
+                data: [7; 16],
+            };
+            run.__bindgen_anon_1.internal = internal;
+        });
+        let expected = CrashCause::InternalError {
+            suberror: 3,
+            data: vec![7, 7],
+        };
+        assert_eq!(page.internal_error().0, expected);
+    }
+
+    #[test]
+    fn other_ends_keep_what_kvm_said() {
+        let failed = page(|run| {
+            run.exit_reason = KVM_EXIT_FAIL_ENTRY;
+            run.__bindgen_anon_1
+                .fail_entry
+                .hardware_entry_failure_reason = 0x8000_0021;
+            run.__bindgen_anon_1.fail_entry.cpu = 3;
+        });
+        assert_eq!(failed.exit(), Exit::FailedEntry);
+        let expected = CrashCause::FailedEntry {
+            hardware_reason: 0x8000_0021,
+            cpu: 3,
+        };
+        assert_eq!(failed.failed_entry(), expected);
+
+        let fault = page(|run| {
+            run.exit_reason = KVM_EXIT_MEMORY_FAULT;
+            run.__bindgen_anon_1.memory_fault.gpa = 0x5000;
+            run.__bindgen_anon_1.memory_fault.size = 0x1000;
+            run.__bindgen_anon_1.memory_fault.flags = 8;
+        });
+        assert_eq!(fault.exit(), Exit::MemoryFault);
+        let expected = CrashCause::MemoryFault {
+            address: 0x5000,
+            size: 0x1000,
+            flags: 8,
+        };
+        assert_eq!(fault.memory_fault(), expected);
+
+        let event = page(|run| {
+            run.exit_reason = KVM_EXIT_SYSTEM_EVENT;
+            run.__bindgen_anon_1.system_event.type_ = 6;
+        });
+        assert_eq!(event.exit(), Exit::SystemEvent(6));
+        assert_eq!(page(|run| run.exit_reason = 99).exit(), Exit::Other(99));
+    }
+}

@@ -186,3 +186,71 @@ fn panic_message(payload: &(dyn Any + Send)) -> String {
 pub(crate) fn thread_body(shared: Arc<Shared>, index: usize) -> impl FnOnce() + Send + 'static {
     move || run_thread(&shared, index)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nobody accesses this bus.
+    struct Unused;
+
+    impl VcpuBus for Unused {
+        fn pio_read(&self, _port: u16, _data: &mut [u8]) {}
+
+        fn pio_write(&self, _port: u16, _data: &[u8]) -> ControlFlow<ExitRequest> {
+            ControlFlow::Continue(())
+        }
+
+        fn mmio_read(&self, _address: u64, _data: &mut [u8]) {}
+
+        fn mmio_write(&self, _address: u64, _data: &[u8]) -> ControlFlow<ExitRequest> {
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn page() -> Option<RunPage> {
+        let kvm = kvm_ioctls::Kvm::new()
+            .inspect_err(|error| println!("skipped: /dev/kvm: {error}"))
+            .ok()?;
+        let vcpu = kvm.create_vm().unwrap().create_vcpu(0).unwrap();
+        Some(RunPage::map(&vcpu).unwrap())
+    }
+
+    #[test]
+    fn a_system_event_is_the_request_that_it_stands_for() {
+        let Some(page) = page() else { return };
+        for (event, expected) in [
+            (KVM_SYSTEM_EVENT_SHUTDOWN, ExitRequest::Shutdown),
+            (KVM_SYSTEM_EVENT_RESET, ExitRequest::Reset),
+            (KVM_SYSTEM_EVENT_CRASH, ExitRequest::GuestPanic),
+        ] {
+            match handle(&page, &Unused, Exit::SystemEvent(event)) {
+                ControlFlow::Break(Left::Requested(request)) => assert_eq!(request, expected),
+                _ => panic!("system event {event} was no request"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_nobody_asked_for_is_a_crash() {
+        let Some(page) = page() else { return };
+        for (exit, expected) in [
+            (Exit::SystemEvent(6), CrashCause::SystemEvent { kind: 6 }),
+            (Exit::Shutdown, CrashCause::TripleFault),
+            (Exit::Other(31), CrashCause::UnexpectedExit(31)),
+        ] {
+            match handle(&page, &Unused, exit) {
+                ControlFlow::Break(Left::Crash(cause, _)) => assert_eq!(cause, expected),
+                _ => panic!("{exit:?} was no crash"),
+            }
+        }
+        assert!(handle(&page, &Unused, Exit::Nothing).is_continue());
+    }
+
+    #[test]
+    fn a_panic_without_a_text_is_reported_too() {
+        assert_eq!(panic_message(&"text"), "text");
+        assert_eq!(panic_message(&"text".to_owned()), "text");
+        assert_eq!(panic_message(&7), "no message");
+    }
+}

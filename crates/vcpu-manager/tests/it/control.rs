@@ -132,20 +132,14 @@ fn no_pause_falls_between_the_read_and_the_write_of_one_mmio_instruction() {
 fn pause_in_a_string(instruction: u8, port: u16, seen: impl Fn(&Recorder) -> u32) {
     const LENGTH: u64 = 0x4000;
     let Some(kvm) = kvm() else { return };
-    let code = [
-        0xb9,
-        0x00,
-        0x40, // mov $0x4000, %cx
-        0xf3,
-        instruction, // rep
-        0x66,
-        0x43, // inc %ebx
-        0xbf,
-        0x00,
-        0x80, // mov $DATA, %di
-        0xeb,
-        0xf4, // jmp to the start
+    let mut code = [
+        0xb9, 0x00, 0x40, // mov $0x4000, %cx
+        0xf3, 0x00, // rep, and the instruction
+        0x66, 0x43, // inc %ebx
+        0xbf, 0x00, 0x80, // mov $DATA, %di
+        0xeb, 0xf4, // jmp to the start
     ];
+    code[4] = instruction;
     let guest = Guest::new(&kvm, &code, true).regs(|regs| {
         regs.rdx = port.into();
         regs.rsi = DATA as u64;
@@ -207,6 +201,24 @@ fn a_running_vcpu_is_not_given_out() {
     started.manager.resume().unwrap();
     let access = started.manager.with_vcpu(0, |_| ());
     assert!(matches!(access, Err(Error::NotParked { vcpu: 0 })));
+}
+
+#[test]
+fn no_kick_is_lost_however_fast_they_follow() {
+    let Some(kvm) = kvm() else { return };
+    // A guest that never exits by itself: a lost kick would leave the pause waiting for ever.
+    let started = then(&kvm, &[0xeb, 0xfe]).start();
+    eventually("it loops", || started.bus.bytes() == 1);
+    for round in 0..5000 {
+        started.manager.pause().unwrap();
+        started.manager.resume().unwrap();
+        // So that the next kick meets the thread at ever another step of its way in.
+        for _ in 0..round % 500 {
+            std::hint::spin_loop();
+        }
+    }
+    started.manager.pause().unwrap();
+    assert_eq!(started.regs().rip, START + 1);
 }
 
 /// Starts this guest, lets it get to where it is to be stopped, and stops it.

@@ -96,8 +96,11 @@ fn another_signal_can_be_chosen() {
     eventually("it goes on", || started.bus.tickets() > stands);
 }
 
-/// Says what the vCPU's thread blocks, and its name, at the first write.
-struct Tells(Mutex<Option<SyncSender<(String, Vec<i32>)>>>);
+/// The name of a thread, and the signals that it blocks.
+type NameAndBlocked = (String, Vec<i32>);
+
+/// Says that of the vCPU's thread at the first write.
+struct Tells(Mutex<Option<SyncSender<NameAndBlocked>>>);
 
 impl VcpuBus for Tells {
     fn pio_read(&self, _port: u16, _data: &mut [u8]) {}
