@@ -1,10 +1,11 @@
 //! What a virtio device is, whatever transport it is reached through.
 
+use std::fmt;
 use std::sync::Arc;
 
 use kiln_io_thread::IoHandle;
 use kiln_memory::GuestMemory;
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::VirtioInterrupt;
@@ -18,12 +19,17 @@ pub trait VirtioDevice: Send {
     /// The device type (virtio 1.3, section 5), such as 2 for a block device.
     fn device_type(&self) -> u32;
 
-    /// The feature bits of this device type that are offered. The transport adds those that belong
-    /// to it and to the rings: `VERSION_1`, `RING_INDIRECT_DESC` and `RING_EVENT_IDX`.
+    /// The feature bits of this device type that are offered: bits 0 to 23 and from 50 on (virtio
+    /// 1.3, section 2.2). The others belong to the transport and the rings, which add their own
+    /// (`VERSION_1`, `RING_INDIRECT_DESC` and `RING_EVENT_IDX`) and take out what is set here.
+    ///
+    /// Asked once, when the device is given to its transport.
     fn features(&self) -> u64;
 
-    /// The largest size, in descriptors, of each of the device's queues: a power of two of at most
-    /// 32768 for each.
+    /// The largest size, in descriptors, of each of the device's queues: for each a power of two
+    /// of at most 32768.
+    ///
+    /// Asked once, when the device is given to its transport.
     fn queue_max_sizes(&self) -> &[u16];
 
     /// Whether the device can work with this subset of the offered features, asked when the driver
@@ -43,18 +49,23 @@ pub trait VirtioDevice: Send {
         let _ = (offset, data);
     }
 
-    /// The driver has set `DRIVER_OK`: start working on the queues.
+    /// The driver has set `DRIVER_OK`, or a paused machine goes on: start working on the queues.
+    ///
+    /// The transport notifies every queue once the device is active, so nothing that the driver
+    /// made available before is missed.
     ///
     /// # Errors
     ///
-    /// On an error the transport sets `DEVICE_NEEDS_RESET`; the queues are handed back inside the
-    /// error's return by value.
+    /// On an error the transport sets `DEVICE_NEEDS_RESET`. The queues stay with the device, which
+    /// gives them back, like those of an active device, at the next
+    /// [`deactivate`](Self::deactivate).
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Stops working on the queues, finishes what is in flight, and gives the queues back.
+    /// Stops working on the queues, finishes what is in flight, and gives the queues back, in any
+    /// order. When this returns nothing of the device touches guest memory any more.
     ///
-    /// One mechanism serves the driver's reset, pause, snapshot and unplug. A device that is not
-    /// active gives nothing.
+    /// One mechanism serves the driver's reset, pause, snapshot and unplug. A device that was not
+    /// activated gives nothing.
     fn deactivate(&mut self) -> Vec<ActiveQueue>;
 }
 
@@ -64,12 +75,22 @@ pub struct Activation {
     pub memory: Arc<GuestMemory>,
     /// The features that driver and device agreed on, those of transport and rings included.
     pub features: u64,
-    /// The queues that the driver enabled, in the order of their indices.
+    /// The queues that the driver enabled, in the order of their indices. The driver need not have
+    /// enabled all of them.
     pub queues: Vec<ActiveQueue>,
     /// How to reach the driver.
     pub interrupt: Arc<dyn VirtioInterrupt>,
     /// The thread to work on.
     pub io: IoHandle,
+}
+
+impl fmt::Debug for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Activation")
+            .field("features", &format_args!("{:#x}", self.features))
+            .field("queues", &self.queues)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A queue that the driver enabled.
@@ -78,14 +99,46 @@ pub struct ActiveQueue {
     pub index: u16,
     /// The queue.
     pub queue: Queue,
-    /// Written when the driver notifies the device of new buffers.
+    /// Written when the driver notifies the device of new buffers. It does not block.
     pub kick: Arc<EventFd>,
+}
+
+impl fmt::Debug for ActiveQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ActiveQueue")
+            .field("index", &self.index)
+            .field("size", &self.queue.size())
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why a device could not become active.
 #[derive(Debug, thiserror::Error)]
 #[error("activate the device: {reason}")]
 pub struct ActivateError {
-    /// What failed.
+    /// What was attempted on which object.
     pub reason: String,
+    /// What went wrong there, where something else says so.
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl ActivateError {
+    /// An error with no other behind it.
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            source: None,
+        }
+    }
+
+    /// An error that another one explains.
+    pub fn with_source(
+        reason: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self {
+            reason: reason.into(),
+            source: Some(source.into()),
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! How a device reaches its driver.
 
+use std::fmt;
+
 use vmm_sys_util::eventfd::EventFd;
 
 /// Why the driver is to be interrupted.
@@ -7,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub enum InterruptEvent {
     /// The configuration space has changed (virtio 1.3, section 2.3).
     Config,
-    /// Buffers of this queue have been used.
+    /// Buffers of the queue with this index have been used.
     Queue(u16),
 }
 
@@ -15,7 +17,7 @@ pub enum InterruptEvent {
 ///
 /// It is called from I/O threads and takes no lock that a vCPU thread holds.
 pub trait VirtioInterrupt: Send + Sync {
-    /// Interrupts the driver.
+    /// Interrupts the driver. Interrupts that it has not taken yet may merge with this one.
     fn trigger(&self, event: InterruptEvent);
 
     /// An eventfd that has the effect of [`trigger`](Self::trigger) for this event when it is
@@ -26,7 +28,8 @@ pub trait VirtioInterrupt: Send + Sync {
         None
     }
 
-    /// The device can't go on: sets `DEVICE_NEEDS_RESET` and tells the driver (virtio 1.3, section
-    /// 2.1.2).
-    fn needs_reset(&self);
+    /// The device can't go on until the driver resets it: sets `DEVICE_NEEDS_RESET` and tells the
+    /// driver (virtio 1.3, section 2.1.2). The `reason` is for the log, where one is written the
+    /// first time it happens to a device and not again: a guest may do this as often as it likes.
+    fn needs_reset(&self, reason: &dyn fmt::Display);
 }
