@@ -2,6 +2,41 @@
 //!
 //! Guest physical addresses and sizes are in bytes, ports are x86 I/O ports, and interrupts are
 //! global system interrupts (GSI), which are the pins of the one IOAPIC.
+//!
+//! | from | to | what |
+//! |---|---|---|
+//! | 0 | `EBDA_START` | RAM; boot structures lie here until the guest's kernel has read them |
+//! | `EBDA_START` | `ACPI_TABLES_START` | nothing for the guest to use (a PC has its BIOS area and VGA here) |
+//! | `ACPI_TABLES_START` | `KERNEL_MIN_START` | ACPI tables |
+//! | `KERNEL_MIN_START` | `MMIO_HOLE_START` | RAM, with the kernel and the initrd |
+//! | `MMIO_HOLE_START` | `HIGH_RAM_START` | devices |
+//! | `HIGH_RAM_START` | | RAM that did not fit below |
+
+use vm_memory::GuestAddress;
+
+/// The global descriptor table of the boot vCPU.
+pub const GDT_START: u64 = 0x500;
+/// PVH: `hvm_start_info`, and in the same page the list of modules and the memory map.
+pub const PVH_START_INFO_START: u64 = 0x6000;
+/// 64-bit Linux: the "zero page" (`boot_params`).
+pub const ZERO_PAGE_START: u64 = 0x7000;
+/// The top of the boot vCPU's stack, which grows down from here.
+pub const BOOT_STACK_TOP: u64 = 0x8ff0;
+/// The page tables that the boot vCPU starts with.
+pub const PAGE_TABLES_START: u64 = 0x9000;
+/// The kernel's command line.
+pub const CMDLINE_START: u64 = 0x2_0000;
+/// The most bytes that a command line may have, with its final NUL.
+pub const CMDLINE_MAX_SIZE: u64 = 0x1_0000;
+/// Where the first RAM ends: a PC's extended BIOS data area would be here.
+pub const EBDA_START: u64 = 0x9_fc00;
+/// Where the ACPI tables begin, with the RSDP first. A guest finds it here by looking, too (ACPI
+/// 6.5 section 5.2.5.1).
+pub const ACPI_TABLES_START: u64 = 0xe_0000;
+/// The bytes that the ACPI tables may take.
+pub const ACPI_TABLES_SIZE: u64 = 0x2_0000;
+/// The lowest address that a kernel may be loaded at.
+pub const KERNEL_MIN_START: u64 = 0x10_0000;
 
 /// Where the hole for devices below 4 GiB begins: RAM fills the space below it first, and goes on
 /// at [`HIGH_RAM_START`].
@@ -55,6 +90,9 @@ pub const PVPANIC_PORT: u16 = 0x505;
 pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
 /// ACPI sleep status register.
 pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
+/// The type of the soft-off state S5, that the guest writes to the sleep control register's
+/// `SLP_TYPx` field.
+pub const ACPI_S5_SLEEP_TYPE: u8 = 5;
 /// ACPI reset register: [`ACPI_RESET_VALUE`] written here resets the machine.
 pub const ACPI_RESET_PORT: u16 = 0x602;
 /// What the guest writes to [`ACPI_RESET_PORT`].
@@ -67,3 +105,91 @@ pub const GED_POWER_BUTTON: u8 = 1;
 pub const ACPI_PORT_COUNT: u16 = 4;
 /// The interrupt of the generic event device.
 pub const GED_GSI: u32 = 9;
+
+/// How `size` bytes of RAM are laid out: below the hole for devices, then above it.
+///
+/// A size of 0 gives no region, and what passes the end of the address space is left out; both are
+/// for the caller to refuse.
+///
+/// ```
+/// use kiln_arch::layout;
+/// use vm_memory::GuestAddress;
+///
+/// let regions = layout::ram_regions(5 << 30);
+/// assert_eq!(regions, [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]);
+/// ```
+pub fn ram_regions(size: u64) -> Vec<(GuestAddress, usize)> {
+    let low = size.min(MMIO_HOLE_START);
+    let high = (size - low).min(u64::MAX - HIGH_RAM_START);
+    [
+        (GuestAddress(0), low as usize),
+        (GuestAddress(HIGH_RAM_START), high as usize),
+    ]
+    .into_iter()
+    .filter(|&(_, size)| size > 0)
+    .collect()
+}
+
+/// The first guest physical address behind `size` bytes of RAM. It must not be more than the
+/// vCPUs can address (see [`cpuid::physical_address_bits`](crate::cpuid::physical_address_bits)).
+pub const fn ram_end(size: u64) -> u64 {
+    if size <= MMIO_HOLE_START {
+        size
+    } else {
+        (size - MMIO_HOLE_START).saturating_add(HIGH_RAM_START)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_fills_the_space_below_the_hole_first() {
+        for (size, regions, end) in [
+            (0, vec![], 0),
+            (64 << 20, vec![(0, 64 << 20)], 64 << 20),
+            (3 << 30, vec![(0, 3 << 30)], 3 << 30),
+            (
+                (3 << 30) + 4096,
+                vec![(0, 3 << 30), (4 << 30, 4096)],
+                (4 << 30) + 4096,
+            ),
+            (5 << 30, vec![(0, 3 << 30), (4 << 30, 2 << 30)], 6 << 30),
+        ] {
+            let expected: Vec<_> = regions
+                .into_iter()
+                .map(|(at, size)| (GuestAddress(at), size))
+                .collect();
+            assert_eq!(ram_regions(size), expected);
+            assert_eq!(ram_end(size), end);
+        }
+        assert_eq!(ram_end(u64::MAX), u64::MAX);
+        assert_eq!(ram_regions(u64::MAX).len(), 2);
+    }
+
+    #[test]
+    fn nothing_in_the_map_overlaps() {
+        let mut places = [
+            (GDT_START, crate::gdt::SIZE),
+            (PVH_START_INFO_START, 0x1000),
+            (ZERO_PAGE_START, 0x1000),
+            (BOOT_STACK_TOP - 0xff0, 0xff0),
+            (PAGE_TABLES_START, crate::paging::SIZE as u64),
+            (CMDLINE_START, CMDLINE_MAX_SIZE),
+            (EBDA_START, 0x400),
+            (ACPI_TABLES_START, ACPI_TABLES_SIZE),
+            (KERNEL_MIN_START, MMIO_HOLE_START - KERNEL_MIN_START),
+            (VIRTIO_MMIO_START, VIRTIO_MMIO_SIZE),
+            (IOAPIC_START, IOAPIC_SIZE),
+            (LAPIC_START, 0x1000),
+            (KVM_IDENTITY_MAP_START, 0x1000),
+            (KVM_TSS_START, 0x3000),
+            (HIGH_RAM_START, 1 << 40),
+        ];
+        places.sort_unstable();
+        for pair in places.windows(2) {
+            assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Kernel files: what they are, whether they are whole, and how they are started.
+//!
+//! A file is looked at, not believed: whether it is a bzImage or an ELF image is seen from its
+//! content, and everything that can be known to be wrong without guest memory is found by
+//! [`Kernel::open`]. The loading itself is linux-loader's, and is given only what was checked here.
+
+mod bzimage;
+mod elf;
+mod field;
+mod problem;
+
+use std::fs::File;
+use std::path::Path;
+
+use kiln_memory::GuestMemory;
+use linux_loader::loader::bzimage::BzImage as BzImageLoader;
+use linux_loader::loader::elf::Elf as ElfLoader;
+use linux_loader::loader::{KernelLoader, KernelLoaderResult};
+use vm_memory::{Bytes, GuestAddress};
+
+pub(crate) use bzimage::{BzImage, SETUP_HEADER_OFFSET};
+pub use problem::KernelProblem;
+
+use crate::Error;
+use crate::file::ImageFile;
+use crate::layout::KERNEL_MIN_START;
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BootProtocol {
+    /// The 64-bit entry of the Linux boot protocol: long mode, RSI points to `boot_params`.
+    Linux64,
+    /// The PVH entry (`XEN_ELFNOTE_PHYS32_ENTRY`): 32-bit protected mode without paging, EBX
+    /// points to `hvm_start_info`.
+    Pvh,
+}
+
+/// What a kernel file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KernelFormat {
+    /// A bzImage: what distributions install as `vmlinuz`.
+    BzImage,
+    /// A 64-bit ELF image, such as `vmlinux`.
+    Elf,
+    /// Bare 64-bit code, with no header at all.
+    Code,
+}
+
+/// The command line that an ELF kernel takes: Linux has 2048 bytes for it, with the final NUL.
+const ELF_CMDLINE_SIZE: usize = 2047;
+
+/// A kernel that was looked at and found whole.
+///
+/// It can be loaded into any number of machines; clones share the open file, which must not be
+/// changed until the last machine was built.
+///
+/// ```no_run
+/// use kiln_arch::{BootProtocol, Kernel};
+///
+/// let kernel = Kernel::open("vmlinux")?.with_protocol(BootProtocol::Linux64)?;
+/// println!("{} is a {:?}", kernel.name(), kernel.format());
+/// # Ok::<(), kiln_arch::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    image: Image,
+    protocol: BootProtocol,
+}
+
+#[derive(Clone, Debug)]
+enum Image {
+    BzImage(ImageFile, BzImage),
+    Elf(ImageFile, elf::Elf),
+    Code(Vec<u8>),
+}
+
+/// Where a loaded kernel is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Loaded {
+    /// Where it is entered.
+    pub(crate) entry: u64,
+    /// The RAM that it needs for itself at its start, from its first byte.
+    pub(crate) start: u64,
+    /// The byte behind it.
+    pub(crate) end: u64,
+}
+
+impl Kernel {
+    /// Opens and inspects a kernel file.
+    ///
+    /// The boot protocol is then the one that is sure to work: PVH for an ELF image that has a PVH
+    /// entry, since what its ELF entry expects is not written in the file; the 64-bit Linux entry
+    /// for all others. [`with_protocol`](Self::with_protocol) chooses another.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`], [`Error::NotAFile`] or [`Error::Empty`] where it cannot be read, and
+    /// [`Error::Kernel`] where it is not a whole kernel for this machine.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        Self::inspect(ImageFile::open("kernel", path.as_ref())?)
+    }
+
+    /// Inspects a kernel in an open file, named `name` in messages. See [`open`](Self::open).
+    ///
+    /// The position of the file is moved when the kernel is loaded.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open).
+    pub fn from_file(file: File, name: impl Into<String>) -> Result<Self, Error> {
+        Self::inspect(ImageFile::new("kernel", file, name.into())?)
+    }
+
+    /// Bare 64-bit code: it is loaded at [`KERNEL_MIN_START`] and entered at its first byte, with
+    /// the registers and the memory of the 64-bit Linux entry. Good for tests and tiny guests.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Empty`] where there is none.
+    pub fn from_code(code: &[u8]) -> Result<Self, Error> {
+        if code.is_empty() {
+            return Err(Error::Empty {
+                kind: "kernel",
+                name: CODE_NAME.to_owned(),
+            });
+        }
+        Ok(Self {
+            image: Image::Code(code.to_vec()),
+            protocol: BootProtocol::Linux64,
+        })
+    }
+
+    fn inspect(file: ImageFile) -> Result<Self, Error> {
+        let fail = |problem| Error::Kernel {
+            name: file.name().to_owned(),
+            problem,
+        };
+        if let Some(found) = elf::Elf::inspect(&file)? {
+            let elf = found.map_err(fail)?;
+            let protocol = elf.default_protocol();
+            return Ok(Self {
+                image: Image::Elf(file, elf),
+                protocol,
+            });
+        }
+        let bzimage = match BzImage::inspect(&file)? {
+            Some(found) => found.map_err(fail)?,
+            None => return Err(fail(KernelProblem::NotAKernel)),
+        };
+        Ok(Self {
+            image: Image::BzImage(file, bzimage),
+            protocol: BootProtocol::Linux64,
+        })
+    }
+
+    /// Chooses the boot protocol.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Kernel`] where the kernel has no such entry: only an ELF image can have a PVH
+    /// entry.
+    pub fn with_protocol(mut self, protocol: BootProtocol) -> Result<Self, Error> {
+        let fail = |problem| Error::Kernel {
+            name: self.name().to_owned(),
+            problem,
+        };
+        match (&self.image, protocol) {
+            (Image::Elf(_, elf), _) => {
+                elf.entry(protocol).map_err(fail)?;
+            }
+            (_, BootProtocol::Pvh) => return Err(fail(KernelProblem::NoPvhEntry)),
+            (_, BootProtocol::Linux64) => {}
+        }
+        self.protocol = protocol;
+        Ok(self)
+    }
+
+    /// Its name, for messages.
+    pub fn name(&self) -> &str {
+        match &self.image {
+            Image::BzImage(file, _) | Image::Elf(file, _) => file.name(),
+            Image::Code(_) => CODE_NAME,
+        }
+    }
+
+    /// What the file is.
+    pub fn format(&self) -> KernelFormat {
+        match &self.image {
+            Image::BzImage(..) => KernelFormat::BzImage,
+            Image::Elf(..) => KernelFormat::Elf,
+            Image::Code(_) => KernelFormat::Code,
+        }
+    }
+
+    /// How it will be entered.
+    pub fn protocol(&self) -> BootProtocol {
+        self.protocol
+    }
+
+    /// The setup header and what follows from it, of a bzImage.
+    pub(crate) fn bzimage(&self) -> Option<&BzImage> {
+        match &self.image {
+            Image::BzImage(_, bzimage) => Some(bzimage),
+            _ => None,
+        }
+    }
+
+    /// The most bytes that its command line may have, without the final NUL.
+    pub(crate) fn cmdline_size(&self) -> usize {
+        self.bzimage()
+            .map_or(ELF_CMDLINE_SIZE, BzImage::cmdline_size)
+    }
+
+    /// Where it will be, if RAM from address 0 ends at `ram_end`.
+    pub(crate) fn placement(&self, ram_end: u64) -> Result<Loaded, Error> {
+        let fail = |problem| Error::Kernel {
+            name: self.name().to_owned(),
+            problem,
+        };
+        let loaded = match &self.image {
+            Image::BzImage(_, bzimage) => bzimage.placement(),
+            Image::Elf(_, elf) => {
+                let entry = elf.entry(self.protocol).map_err(fail)?;
+                let (start, end) = elf.extent();
+                Loaded { entry, start, end }
+            }
+            Image::Code(code) => {
+                let (start, size) = (KERNEL_MIN_START, code.len() as u64);
+                Loaded {
+                    entry: start,
+                    start,
+                    end: start.saturating_add(size),
+                }
+            }
+        };
+        if loaded.end > ram_end {
+            return Err(fail(KernelProblem::OutsideRam {
+                end: loaded.end,
+                ram_end,
+            }));
+        }
+        Ok(loaded)
+    }
+
+    /// Loads it to where [`placement`](Self::placement) said. Guest memory must be all zeros there.
+    pub(crate) fn load(&self, memory: &GuestMemory, placed: &Loaded) -> Result<(), Error> {
+        // An ELF kernel is loaded to where it asks to be. To ask for an offset of zero from there
+        // keeps the loader from looking for notes, which were read here already.
+        match &self.image {
+            Image::Elf(file, _) => self.loaded(
+                file.rewound(|file| ElfLoader::load(memory, Some(GuestAddress(0)), file, None))?,
+            ),
+            Image::BzImage(file, _) => self.loaded(file.rewound(|file| {
+                BzImageLoader::load(memory, Some(GuestAddress(placed.start)), file, None)
+            })?),
+            Image::Code(code) => memory
+                .write_slice(code, GuestAddress(placed.start))
+                .map_err(|source| Error::Write {
+                    what: "the code",
+                    address: placed.start,
+                    source,
+                }),
+        }
+    }
+
+    fn loaded(
+        &self,
+        result: linux_loader::loader::Result<KernelLoaderResult>,
+    ) -> Result<(), Error> {
+        match result {
+            Ok(_) => Ok(()),
+            Err(source) => Err(Error::Load {
+                name: self.name().to_owned(),
+                source,
+            }),
+        }
+    }
+}
+
+const CODE_NAME: &str = "bare code";
+
+#[cfg(test)]
+pub(crate) mod tests;
