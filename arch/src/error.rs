@@ -39,6 +39,14 @@ pub enum Error {
         /// Its name.
         name: String,
     },
+    /// A file has another size than when it was opened.
+    #[error("{kind} `{name}` was changed since it was opened")]
+    Changed {
+        /// What the file is for.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
     /// A file is not a kernel that can be started as asked.
     #[error("kernel `{name}` {problem}")]
     Kernel {

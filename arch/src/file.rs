@@ -85,6 +85,18 @@ impl ImageFile {
     pub(crate) fn rewound<T>(&self, reader: impl FnOnce(&mut File) -> T) -> Result<T, Error> {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         file.rewind().map_err(|source| self.read_error(source))?;
+        // What was checked and placed was the file as it was then.
+        if file
+            .metadata()
+            .map_err(|source| self.read_error(source))?
+            .len()
+            != self.len
+        {
+            return Err(Error::Changed {
+                kind: self.kind,
+                name: self.name.clone(),
+            });
+        }
         Ok(reader(&mut file))
     }
 

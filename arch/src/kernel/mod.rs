@@ -71,7 +71,7 @@ pub struct Kernel {
 
 #[derive(Clone, Debug)]
 enum Image {
-    BzImage(ImageFile, BzImage),
+    Compressed(ImageFile, BzImage),
     Elf(ImageFile, elf::Elf),
     Code(Vec<u8>),
 }
@@ -150,7 +150,7 @@ impl Kernel {
             None => return Err(fail(KernelProblem::NotAKernel)),
         };
         Ok(Self {
-            image: Image::BzImage(file, bzimage),
+            image: Image::Compressed(file, bzimage),
             protocol: BootProtocol::Linux64,
         })
     }
@@ -180,7 +180,7 @@ impl Kernel {
     /// Its name, for messages.
     pub fn name(&self) -> &str {
         match &self.image {
-            Image::BzImage(file, _) | Image::Elf(file, _) => file.name(),
+            Image::Compressed(file, _) | Image::Elf(file, _) => file.name(),
             Image::Code(_) => CODE_NAME,
         }
     }
@@ -188,7 +188,7 @@ impl Kernel {
     /// What the file is.
     pub fn format(&self) -> KernelFormat {
         match &self.image {
-            Image::BzImage(..) => KernelFormat::BzImage,
+            Image::Compressed(..) => KernelFormat::BzImage,
             Image::Elf(..) => KernelFormat::Elf,
             Image::Code(_) => KernelFormat::Code,
         }
@@ -202,7 +202,7 @@ impl Kernel {
     /// The setup header and what follows from it, of a bzImage.
     pub(crate) fn bzimage(&self) -> Option<&BzImage> {
         match &self.image {
-            Image::BzImage(_, bzimage) => Some(bzimage),
+            Image::Compressed(_, bzimage) => Some(bzimage),
             _ => None,
         }
     }
@@ -220,7 +220,7 @@ impl Kernel {
             problem,
         };
         let loaded = match &self.image {
-            Image::BzImage(_, bzimage) => bzimage.placement(),
+            Image::Compressed(_, bzimage) => bzimage.placement(),
             Image::Elf(_, elf) => {
                 let entry = elf.entry(self.protocol).map_err(fail)?;
                 let (start, end) = elf.extent();
@@ -252,7 +252,7 @@ impl Kernel {
             Image::Elf(file, _) => self.loaded(
                 file.rewound(|file| ElfLoader::load(memory, Some(GuestAddress(0)), file, None))?,
             ),
-            Image::BzImage(file, _) => self.loaded(file.rewound(|file| {
+            Image::Compressed(file, _) => self.loaded(file.rewound(|file| {
                 BzImageLoader::load(memory, Some(GuestAddress(placed.start)), file, None)
             })?),
             Image::Code(code) => memory
