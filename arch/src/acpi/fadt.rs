@@ -32,6 +32,8 @@ pub(super) fn build(config: &AcpiConfig, dsdt: u64) -> Vec<u8> {
         // Neither button is a fixed one: the power button is a device in the DSDT.
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
+        // Nor does the clock wake the machine by a fixed register.
+        .flag(Flags::FixRtc)
         .flag(Flags::ResetRegSup)
         .flag(Flags::HwReducedAcpi);
     fadt.iapc_boot_arch = boot_arch.into();

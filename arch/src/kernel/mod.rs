@@ -94,6 +94,10 @@ impl Kernel {
     /// entry, since what its ELF entry expects is not written in the file; the 64-bit Linux entry
     /// for all others. [`with_protocol`](Self::with_protocol) chooses another.
     ///
+    /// A file that lost its end is refused, wherever it was cut. What lies behind the end of an
+    /// ELF image is not looked at: a vmlinux unpacked from a bzImage has relocations there, which
+    /// only the bzImage's own code uses.
+    ///
     /// # Errors
     ///
     /// [`Error::File`], [`Error::NotAFile`] or [`Error::Empty`] where it cannot be read, and
