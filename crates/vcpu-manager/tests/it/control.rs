@@ -264,8 +264,11 @@ fn a_storm_of_exits_is_stopped() {
 #[test]
 fn a_storm_of_string_exits_is_stopped() {
     let Some(kvm) = kvm() else { return };
-    // mov $0xffff, %cx; rep insb; jmp
-    let guest = then(&kvm, &[0xb9, 0xff, 0xff, 0xf3, 0x6c, 0xeb, 0xf9]);
+    // mov $DATA, %di; mov $0x4000, %cx; rep insb; jmp
+    let guest = then(
+        &kvm,
+        &[0xbf, 0x00, 0x80, 0xb9, 0x00, 0x40, 0xf3, 0x6c, 0xeb, 0xf6],
+    );
     stop("a storm of string exits", guest, |started| {
         started.manager.exit_counts()[0].pio_in > 3
     });
