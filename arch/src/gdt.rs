@@ -7,13 +7,13 @@
 use kvm_bindings::kvm_segment;
 
 /// Selector of the code segment (`__BOOT_CS`).
-pub const CODE_SELECTOR: u16 = 0x10;
+pub(crate) const CODE_SELECTOR: u16 = 0x10;
 /// Selector of the data segment (`__BOOT_DS`).
-pub const DATA_SELECTOR: u16 = 0x18;
+pub(crate) const DATA_SELECTOR: u16 = 0x18;
 /// Selector of the task state segment.
-pub const TASK_SELECTOR: u16 = 0x20;
+pub(crate) const TASK_SELECTOR: u16 = 0x20;
 /// The bytes of the table: five descriptors, and the upper half that the last has in long mode.
-pub const SIZE: u64 = 6 * 8;
+pub(crate) const SIZE: u64 = 6 * 8;
 
 /// Segment types (Intel SDM volume 3, sections 3.4.5.1 and 3.5), already accessed or busy.
 const TYPE_CODE: u8 = 0xb;

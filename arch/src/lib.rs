@@ -16,7 +16,7 @@
 //! | [`boot`] | the 64-bit Linux and the PVH boot protocols |
 //! | [`acpi`] | the tables by which the guest finds processors and devices |
 //! | [`cpuid`] | what each vCPU says of itself, and the topology |
-//! | [`regs`], [`msr`], [`lapic`], [`gdt`] | the registers that a vCPU starts with |
+//! | [`regs`], [`msr`], [`lapic`] | the registers that a vCPU starts with |
 //!
 //! # Example
 //!
@@ -45,7 +45,7 @@ pub mod boot;
 pub mod cpuid;
 mod error;
 mod file;
-pub mod gdt;
+mod gdt;
 pub mod kernel;
 pub mod lapic;
 pub mod layout;
