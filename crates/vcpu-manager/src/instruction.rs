@@ -7,23 +7,17 @@ use crate::options::ReadMemory;
 
 const PAGE_SIZE: u64 = 4096;
 
-/// The instruction pointer, and the bytes it points to as far as they can be had.
-pub(crate) fn at_rip(
-    fd: &VcpuFd,
-    read_memory: Option<&ReadMemory>,
-) -> (Option<u64>, InstructionBytes) {
-    let Ok(regs) = fd.get_regs() else {
-        return Default::default();
-    };
-    let bytes = match (read_memory, fd.get_sregs()) {
-        (Some(read), Ok(sregs)) => {
-            // In 64-bit mode the base of the code segment is taken as 0 (SDM volume 3, 3.2.4).
-            let base = if sregs.cs.l != 0 { 0 } else { sregs.cs.base };
-            read_linear(fd, read, base.wrapping_add(regs.rip))
-        }
-        _ => InstructionBytes::default(),
-    };
-    (Some(regs.rip), bytes)
+/// The instruction pointer.
+pub(crate) fn pointer(fd: &VcpuFd) -> Option<u64> {
+    fd.get_regs().ok().map(|regs| regs.rip)
+}
+
+/// The bytes at this instruction pointer, as far as they can be had.
+pub(crate) fn bytes(fd: &VcpuFd, rip: u64, read_memory: &ReadMemory) -> Option<InstructionBytes> {
+    let code = fd.get_sregs().ok()?.cs;
+    // In 64-bit mode the base of the code segment is taken as 0 (SDM volume 3, section 3.2.4).
+    let base = if code.l != 0 { 0 } else { code.base };
+    Some(read_linear(fd, read_memory, base.wrapping_add(rip)))
 }
 
 /// Reads page by page, for the next linear page can lie anywhere, and may not be mapped: what was

@@ -38,7 +38,8 @@ impl VcpuManager {
     ///
     /// `bus` answers their accesses, on their threads. `on_end` is called once, as soon as the
     /// machine's end is known, on the thread that brought it: a vCPU's, or that of the caller of
-    /// [`stop`](Self::stop). Other vCPUs may still be on their way out then.
+    /// [`stop`](Self::stop). Other vCPUs may still be on their way out then, so it must not wait
+    /// for them.
     ///
     /// # Errors
     ///
@@ -264,4 +265,15 @@ fn spawn(shared: &Arc<Shared>, kick: KickSignal, name: &str) -> Result<Vec<JoinH
         }
     }
     Ok(threads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manager_can_be_shared_by_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<VcpuManager>();
+    }
 }

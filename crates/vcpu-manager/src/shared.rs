@@ -14,6 +14,7 @@ use kvm_ioctls::VcpuFd;
 
 use crate::counters::Counters;
 use crate::end::{Crash, CrashCause, InstructionBytes, MachineEnd};
+use crate::instruction;
 use crate::options::ReadMemory;
 use crate::run_page::RunPage;
 use crate::signal::{self, KickSignal};
@@ -164,11 +165,13 @@ impl Shared {
         cause: CrashCause,
         known: InstructionBytes,
     ) {
+        let rip = instruction::pointer(fd);
         // The hook is not ours: a panic in it must not hide the crash.
-        let (rip, found) = catch_unwind(AssertUnwindSafe(|| {
-            crate::instruction::at_rip(fd, self.read_memory.as_ref())
-        }))
-        .unwrap_or_default();
+        let read = || instruction::bytes(fd, rip?, self.read_memory.as_ref()?);
+        let found = catch_unwind(AssertUnwindSafe(read))
+            .ok()
+            .flatten()
+            .unwrap_or_default();
         let instruction = if known.as_slice().is_empty() {
             found
         } else {

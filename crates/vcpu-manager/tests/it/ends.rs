@@ -113,21 +113,66 @@ fn an_instruction_that_kvm_cannot_emulate_is_named() {
     );
 }
 
-#[test]
-fn an_exit_that_nobody_asked_for_is_an_end() {
-    let Some(kvm) = kvm() else { return };
-    let guest = Guest::new(&kvm, &[0x90, 0x90, 0xeb, 0xfc], true);
+/// Lets the machine end behind its first instruction: the exit of a debugger that is not there.
+fn single_step(guest: &Guest) {
     let debug = kvm_guest_debug {
         control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
         ..Default::default()
     };
     guest.vcpus[0].set_guest_debug(&debug).unwrap();
+}
+
+#[test]
+fn an_exit_that_nobody_asked_for_is_an_end() {
+    let Some(kvm) = kvm() else { return };
+    let guest = Guest::new(&kvm, &[0x90, 0x90, 0xeb, 0xfc], true);
+    single_step(&guest);
     let crash = crash(&guest.start());
     assert_eq!(crash.cause, CrashCause::UnexpectedExit(KVM_EXIT_DEBUG));
     assert_eq!(crash.rip, Some(CODE as u64 + 1));
     assert_eq!(
         crash.to_string(),
         "vCPU 0: unexpected KVM exit 4 (DEBUG), at rip 0x1001"
+    );
+}
+
+#[test]
+fn a_crash_shows_the_instruction_as_far_as_memory_goes() {
+    let Some(kvm) = kvm() else { return };
+    let last = MEMORY - 4;
+    let mut guest = Guest::new(&kvm, &[], true).regs(|regs| regs.rip = last as u64);
+    guest.memory.write(last, &[0x90, 0x01, 0x02, 0x03]);
+    guest.options.read_memory = Some(guest.read_memory());
+    single_step(&guest);
+    let crash = crash(&guest.start());
+    assert_eq!(crash.rip, Some(last as u64 + 1));
+    // Three bytes to the end of the page, and no memory in the next.
+    assert_eq!(crash.instruction.as_slice(), [0x01, 0x02, 0x03]);
+}
+
+#[test]
+fn a_crash_shows_an_instruction_over_two_pages() {
+    let Some(kvm) = kvm() else { return };
+    let mut guest = Guest::new(&kvm, &[], true).regs(|regs| regs.rip = 0x2ffa);
+    guest.memory.write(0x2ffa, &[0x90]);
+    let instruction: [u8; 15] = std::array::from_fn(|at| at as u8 + 1);
+    guest.memory.write(0x2ffb, &instruction);
+    guest.options.read_memory = Some(guest.read_memory());
+    single_step(&guest);
+    assert_eq!(crash(&guest.start()).instruction.as_slice(), instruction);
+}
+
+#[test]
+fn a_panic_while_the_instruction_is_read_does_not_hide_the_crash() {
+    let Some(kvm) = kvm() else { return };
+    let mut guest = Guest::new(&kvm, &[0x90, 0x90], true);
+    guest.options.read_memory = Some(Arc::new(|_, _| panic!("on purpose")));
+    single_step(&guest);
+    let crash = crash(&guest.start());
+    assert_eq!(crash.cause, CrashCause::UnexpectedExit(KVM_EXIT_DEBUG));
+    assert_eq!(
+        (crash.rip, crash.instruction.as_slice()),
+        (Some(CODE as u64 + 1), &[][..])
     );
 }
 
