@@ -3,3 +3,6 @@
 pub mod acpi;
 pub mod legacy;
 pub mod virtio;
+
+#[cfg(test)]
+mod test_support;
