@@ -6,8 +6,8 @@ use vm_allocator::IdAllocator;
 
 use crate::Error;
 
-/// The pins that one IOAPIC can have at most (its version register has 8 bits for the last one,
-/// and 16 values of them are of no use: 82093AA datasheet, section 3.2.2).
+/// The pins that one I/O APIC can have at most: the number of the last one, in its version register,
+/// goes up to 239 (82093AA datasheet, section 3.2.2).
 const MAX_PINS: u32 = 240;
 
 /// The global system interrupts of a machine, from 0 on.

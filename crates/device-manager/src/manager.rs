@@ -160,3 +160,6 @@ impl fmt::Debug for DeviceManager {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;
