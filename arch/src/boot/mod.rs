@@ -55,6 +55,8 @@ impl EntryPoint {
 /// `rsdp` is where the ACPI tables begin ([`AcpiTables::rsdp`](crate::acpi::AcpiTables::rsdp));
 /// they are written apart from this, before or after.
 ///
+/// The command line reaches the guest byte for byte, in UTF-8 and with a NUL behind it.
+///
 /// # Errors
 ///
 /// Everything that does not fit, does not go together or cannot be read is an [`Error`] that names

@@ -49,15 +49,17 @@ pub(crate) struct BzImage {
 }
 
 impl BzImage {
-    /// Looks at a file: `None` where it is no bzImage, a problem where it is one that cannot be
-    /// started.
-    pub(super) fn inspect(file: &ImageFile) -> Result<Option<Result<Self, KernelProblem>>, Error> {
+    /// Looks at a file; `None` where it is no bzImage.
+    pub(super) fn inspect(file: &ImageFile) -> Result<Option<Self>, Error> {
         let head = file.read(0, SETUP_HEADER_LIMIT)?;
         if head.get(MAGIC..MAGIC + 4) != Some(b"HdrS") || u16_at(&head, BOOT_FLAG) != 0xaa55 {
             return Ok(None);
         }
         let pe = pe_extent(file)?;
-        Ok(Some(Self::from_head(&head, file.len(), pe)))
+        match Self::from_head(&head, file.len(), pe) {
+            Ok(bzimage) => Ok(Some(bzimage)),
+            Err(problem) => Err(problem.of(file.name())),
+        }
     }
 
     fn from_head(head: &[u8], len: u64, pe: u64) -> Result<Self, KernelProblem> {

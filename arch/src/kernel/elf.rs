@@ -70,21 +70,17 @@ struct ProgramHeader {
 }
 
 impl Elf {
-    /// Looks at a file: `None` where it is no ELF image, a problem where it is one that cannot be
-    /// started.
-    pub(super) fn inspect(file: &ImageFile) -> Result<Option<Result<Self, KernelProblem>>, Error> {
+    /// Looks at a file; `None` where it is no ELF image.
+    pub(super) fn inspect(file: &ImageFile) -> Result<Option<Self>, Error> {
         let header = file.read(0, HEADER_SIZE)?;
         if !header.starts_with(MAGIC) {
             return Ok(None);
         }
-        // Two kinds of errors: of the host, and of the image.
-        Self::read(file, &header).map_or_else(
-            |failure| match failure {
-                Failure::Host(error) => Err(error),
-                Failure::Image(problem) => Ok(Some(Err(problem))),
-            },
-            |elf| Ok(Some(Ok(elf))),
-        )
+        match Self::read(file, &header) {
+            Ok(elf) => Ok(Some(elf)),
+            Err(Failure::Host(error)) => Err(error),
+            Err(Failure::Image(problem)) => Err(problem.of(file.name())),
+        }
     }
 
     fn read(file: &ImageFile, header: &[u8]) -> Result<Self, Failure> {

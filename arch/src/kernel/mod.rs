@@ -137,26 +137,21 @@ impl Kernel {
     }
 
     fn inspect(file: ImageFile) -> Result<Self, Error> {
-        let fail = |problem| Error::Kernel {
-            name: file.name().to_owned(),
-            problem,
-        };
-        if let Some(found) = elf::Elf::inspect(&file)? {
-            let elf = found.map_err(fail)?;
+        if let Some(elf) = elf::Elf::inspect(&file)? {
             let protocol = elf.default_protocol();
             return Ok(Self {
                 image: Image::Elf(file, elf),
                 protocol,
             });
         }
-        let bzimage = match BzImage::inspect(&file)? {
-            Some(found) => found.map_err(fail)?,
-            None => return Err(fail(KernelProblem::NotAKernel)),
-        };
-        Ok(Self {
-            image: Image::Compressed(file, bzimage),
-            protocol: BootProtocol::Linux64,
-        })
+        if let Some(bzimage) = BzImage::inspect(&file)? {
+            let protocol = BootProtocol::Linux64;
+            return Ok(Self {
+                image: Image::Compressed(file, bzimage),
+                protocol,
+            });
+        }
+        Err(KernelProblem::NotAKernel.of(file.name()))
     }
 
     /// Chooses the boot protocol.
@@ -166,10 +161,7 @@ impl Kernel {
     /// [`Error::Kernel`] where the kernel has no such entry: only an ELF image can have a PVH
     /// entry.
     pub fn with_protocol(mut self, protocol: BootProtocol) -> Result<Self, Error> {
-        let fail = |problem| Error::Kernel {
-            name: self.name().to_owned(),
-            problem,
-        };
+        let fail = |problem: KernelProblem| problem.of(self.name());
         match (&self.image, protocol) {
             (Image::Elf(_, elf), _) => {
                 elf.entry(protocol).map_err(fail)?;
@@ -219,10 +211,7 @@ impl Kernel {
 
     /// Where it will be, if RAM from address 0 ends at `ram_end`.
     pub(crate) fn placement(&self, ram_end: u64) -> Result<Loaded, Error> {
-        let fail = |problem| Error::Kernel {
-            name: self.name().to_owned(),
-            problem,
-        };
+        let fail = |problem: KernelProblem| problem.of(self.name());
         let loaded = match &self.image {
             Image::Compressed(_, bzimage) => bzimage.placement(),
             Image::Elf(_, elf) => {

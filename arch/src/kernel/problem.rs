@@ -1,11 +1,10 @@
 //! What can be wrong with a kernel.
 
-use thiserror::Error;
-
+use crate::Error;
 use crate::layout::{KERNEL_MIN_START, MMIO_HOLE_START};
 
 /// What is wrong with a kernel; each text goes on from "kernel `name`".
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KernelProblem {
     /// The content is none that can be started.
@@ -93,4 +92,14 @@ pub enum KernelProblem {
         /// Where RAM ends.
         ram_end: u64,
     },
+}
+
+impl KernelProblem {
+    /// The error that says which kernel has the problem.
+    pub(super) fn of(self, name: &str) -> Error {
+        Error::Kernel {
+            name: name.to_owned(),
+            problem: self,
+        }
+    }
 }
