@@ -81,7 +81,8 @@ impl Registrar<'_, '_> {
         self.ops.remove(Events::empty(fd)).map_err(to_io)
     }
 
-    fn remove_all(&mut self) {
+    /// Stops waiting for every file descriptor of this handler.
+    pub fn remove_all(&mut self) {
         for fd in self.fds.drain(..) {
             let _ = self.ops.remove(Events::empty_raw(fd));
         }

@@ -4,8 +4,6 @@
 //! decodes its accesses into calls of [`VirtioCore`], and gives it a [`VirtioInterrupt`].
 
 mod queue;
-#[cfg(test)]
-mod tests;
 
 use std::io;
 use std::mem;
@@ -17,6 +15,7 @@ use virtio_bindings::{virtio_config, virtio_ring};
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::error::one_line;
 use crate::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use crate::status::{DEVICE_NEEDS_RESET, SharedStatus};
 use crate::{Activation, ActiveQueue, CoreState, TransportError, VirtioDevice, VirtioInterrupt};
@@ -292,7 +291,7 @@ impl VirtioCore {
         match activated {
             // Buffers may have been made available while nobody listened.
             Ok(()) => kicks.iter().for_each(|kick| drop(kick.write(1))),
-            Err(error) => self.interrupt.needs_reset(&chain(&error)),
+            Err(error) => self.interrupt.needs_reset(&one_line(&error)),
         }
     }
 
@@ -437,16 +436,4 @@ fn queue_slots(
         });
     }
     Ok(slots)
-}
-
-/// An error with all that explains it, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        source = error.source();
-    }
-    line
 }

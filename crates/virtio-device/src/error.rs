@@ -54,3 +54,15 @@ pub enum TransportError {
         reason: String,
     },
 }
+
+/// An error with all that explains it, on one line.
+pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        source = error.source();
+    }
+    line
+}

@@ -1,6 +1,85 @@
-//! Virtio devices and transports.
+//! What a virtio device is, and the transports that a guest's driver reaches it through.
+//!
+//! A device implements [`VirtioDevice`]: what it is (type, features, queue sizes, configuration)
+//! and what it does when it is activated and deactivated. It knows nothing of registers, of
+//! interrupts or of KVM. A transport - [`MmioTransport`] - owns the device, answers the driver's
+//! registers as virtio 1.3 has them, and gives the device its queues once the driver is ready.
+//! Deactivation gives the queues back: that one mechanism is the driver's reset, pause, snapshot
+//! and unplug.
+//!
+//! Most devices only say what to do with the buffers of a queue, as a [`QueueHandler`], and leave
+//! the rest to a [`Worker`], which runs the handler on an I/O thread. There the driver's
+//! notifications and interrupts are decided (event index, batches), busy queues take turns, and a
+//! ring that no driver should write makes the device say `DEVICE_NEEDS_RESET`.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `device` | [`VirtioDevice`], and what it is activated with |
+//! | `interrupt` | [`VirtioInterrupt`]: the way from a device to its driver |
+//! | `core` | the state machine of status, features and queues, which all transports share |
+//! | `mmio` | [`MmioTransport`] |
+//! | `buffers` | [`GuestBuffers`]: descriptor chains as slices of guest RAM, with no copy |
+//! | `worker` | [`QueueHandler`], [`Worker`], [`Turn`] and [`Chain`] |
+//! | `state` | [`CoreState`], [`MmioState`], [`QueueState`]: state to be stored |
+//! | `testing` | a mock driver and an interrupt recorder (feature `test-utils`) |
+//!
+//! # Example
+//!
+//! A device of one's own, which answers every request with dice throws, and a driver that asks it
+//! for some:
+//!
+//! ```
+//! use kiln_io_thread::Registrar;
+//! use kiln_virtio_device::testing::{Buffer, MockDriver};
+//! use kiln_virtio_device::{
+//!     ActivateError, Activation, ActiveQueue, QueueError, QueueHandler, Turn, VirtioDevice, Worker,
+//! };
+//!
+//! struct Dice;
+//!
+//! impl QueueHandler for Dice {
+//!     fn process(&mut self, turn: &mut Turn, _: &mut Registrar) -> Result<(), QueueError> {
+//!         while let Some(mut chain) = turn.pop()? {
+//!             let throws = [4; 64]; // chosen by fair dice roll
+//!             let len = chain.writable.len().min(throws.len());
+//!             chain.writable.write(&throws[..len])?;
+//!             turn.complete(chain, len as u32)?;
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//!
+//! struct DiceDevice(Worker<Dice>);
+//!
+//! impl VirtioDevice for DiceDevice {
+//!     fn device_type(&self) -> u32 {
+//!         4 // entropy (virtio 1.3, section 5.4)
+//!     }
+//!     fn features(&self) -> u64 {
+//!         0
+//!     }
+//!     fn queue_max_sizes(&self) -> &[u16] {
+//!         &[64]
+//!     }
+//!     fn read_config(&self, _: u64, _: &mut [u8]) {}
+//!     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+//!         self.0.activate(activation)
+//!     }
+//!     fn deactivate(&mut self) -> Vec<ActiveQueue> {
+//!         self.0.deactivate()
+//!     }
+//! }
+//!
+//! let mut driver = MockDriver::new(Box::new(DiceDevice(Worker::new(Dice))));
+//! driver.start(0, 64);
+//! let written = driver.request(0, &[Buffer::writable(0x1000, 8)]);
+//! assert_eq!(written, 8);
+//! assert_eq!(driver.bytes(0x1000, 9), [4, 4, 4, 4, 4, 4, 4, 4, 0]);
+//! driver.line.wait_for(1);
+//! ```
 #![forbid(unsafe_code)]
 
+mod buffers;
 mod core;
 mod device;
 mod error;
@@ -8,9 +87,16 @@ mod interrupt;
 mod mmio;
 mod state;
 mod status;
+#[cfg(test)]
+mod test_device;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
+mod worker;
 
+pub use buffers::{ChainError, GuestBuffers, ShortBuffer};
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 pub use error::TransportError;
 pub use interrupt::{InterruptEvent, VirtioInterrupt};
 pub use mmio::MmioTransport;
 pub use state::{CoreState, MmioState, QueueState};
+pub use worker::{Chain, QueueError, QueueHandler, Turn, Worker};

@@ -158,9 +158,10 @@ impl MmioTransport {
 
     /// Lets a paused device go on.
     pub fn resume(&self) {
-        self.core().resume();
         // An interrupt that the driver has not acknowledged may not have reached it.
-        if self.interrupt.pending.load(Ordering::Acquire) != 0 {
+        let untold = self.interrupt.pending.load(Ordering::Acquire) != 0;
+        self.core().resume();
+        if untold {
             self.interrupt.line.trigger();
         }
     }

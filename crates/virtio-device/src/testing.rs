@@ -1,0 +1,13 @@
+//! What tests of virtio devices and transports share: an interrupt recorder, and a driver that
+//! writes registers and rings as a guest's does, or as no guest should.
+//!
+//! Everything here is for tests, and panics where a test has gone wrong.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod driver;
+mod queue;
+mod recorder;
+
+pub use driver::{MockDriver, register, status};
+pub use queue::{Buffer, DriverQueue, RawDescriptor};
+pub use recorder::{InterruptRecorder, LONG, wait_until};
