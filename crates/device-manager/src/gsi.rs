@@ -1,6 +1,7 @@
 //! Who has which global system interrupt.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use vm_allocator::IdAllocator;
 
@@ -56,8 +57,8 @@ impl GsiAllocator {
     pub(crate) fn allocate(&mut self, name: &str) -> Result<u32, Error> {
         // The allocator knows no exact requests: what it gives may have been reserved.
         while let Ok(gsi) = self.ids.allocate_id() {
-            if !self.holders.contains_key(&gsi) {
-                self.holders.insert(gsi, name.to_owned());
+            if let Entry::Vacant(free) = self.holders.entry(gsi) {
+                free.insert(name.to_owned());
                 return Ok(gsi);
             }
         }

@@ -148,7 +148,7 @@ impl Rtc {
             if status & B_BINARY != 0 {
                 value
             } else {
-                (value / 10) << 4 | value % 10
+                ((value / 10) << 4) | (value % 10)
             }
         };
         match self.index {

@@ -61,7 +61,8 @@ fn the_registers_tell_the_time_in_bcd() {
 /// Counts the days one by one, with the rule for leap years as everybody knows it.
 #[test]
 fn no_day_in_a_thousand_years_is_wrong() {
-    let leap = |year: u16| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let divides = |by: u16, year: u16| year.is_multiple_of(by);
+    let leap = |year| divides(4, year) && (!divides(100, year) || divides(400, year));
     let (mut year, mut month, mut day, mut day_of_week) = (1970, 1, 1, 5);
     for days in 0..366_000 {
         let date = Date::new(UNIX_EPOCH + Duration::from_secs(days * DAY));

@@ -125,7 +125,12 @@ impl Worker {
 
     /// The output failed: what the guest sends is dropped from now on.
     fn end_output(&mut self, error: &io::Error, registrar: &mut Registrar<'_, '_>) {
-        tracing::debug!("the serial port's output ends: {error}");
+        // A reader that goes away is nothing special; a disk that is full may be. Said only once.
+        if error.kind() == ErrorKind::BrokenPipe {
+            tracing::debug!("the serial port's output ends: {error}");
+        } else {
+            tracing::warn!("the serial port's output ends: {error}");
+        }
         self.stop_waiting_for_output(registrar);
         self.sink = None;
         if self.shared.link.discard() {
