@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::null_mut;
@@ -18,6 +19,8 @@ use crate::{Backing, DirtyBitmap, Error, GuestMemory, HugePages, MemoryOptions, 
 const PAGE_SIZE: usize = 4096;
 /// What a transparent huge page is aligned to.
 const THP_SIZE: usize = 1 << 21;
+/// How often an alignment is tried.
+const ALIGN_ATTEMPTS: usize = 8;
 
 /// Maps guest RAM: one mapping for each region, given as guest physical address and size in
 /// bytes, sorted by address.
@@ -168,18 +171,35 @@ fn map(
             .build()
             .map_err(|error| map_error(size, options, io_error(error)))
     };
-    let region = build(file.clone())?;
-    if options.huge_pages != HugePages::Transparent || is_aligned(&region) {
-        return Ok(region);
+    let first = build(file.clone())?;
+    if options.huge_pages == HugePages::Transparent {
+        return Ok(aligned(first, || build(file.clone())));
     }
-    // The host did not align it. Make a hole that is aligned and fits exactly; the host most
-    // likely puts the next mapping there. Where it does not, the first one serves as well, with
-    // fewer huge pages.
-    drop(region);
-    let hole = Reservation::new(size.saturating_add(THP_SIZE)).and_then(|it| it.hole(size));
-    let region = build(file)?;
-    drop(hole);
-    Ok(region)
+    Ok(first)
+}
+
+/// Maps a region again where the host did not align it, until it is aligned.
+///
+/// An address cannot be asked for, so an aligned hole is made that fits exactly: the host most
+/// likely puts the next mapping there. Another thread may be faster, or another gap may fit, too:
+/// what was misplaced is kept until the end, so that it fills that gap. A region that is not
+/// aligned serves as well, with fewer huge pages, so this gives up at some point.
+fn aligned(
+    mut region: MmapRegion<DirtyBitmap>,
+    build: impl Fn() -> Result<MmapRegion<DirtyBitmap>, Error>,
+) -> MmapRegion<DirtyBitmap> {
+    let size = region.size();
+    let mut misplaced = Vec::new();
+    for _ in 0..ALIGN_ATTEMPTS {
+        if is_aligned(&region) {
+            break;
+        }
+        let hole = Reservation::new(size.saturating_add(THP_SIZE)).and_then(|it| it.hole(size));
+        let Ok(next) = build() else { break };
+        drop(hole);
+        misplaced.push(mem::replace(&mut region, next));
+    }
+    region
 }
 
 fn huge_flags(pool: Option<HugePageSize>) -> c_int {
@@ -283,7 +303,7 @@ impl Reservation {
     fn hole(self, size: usize) -> io::Result<(Self, Self)> {
         let (start, end) = (self.start, self.start + self.size);
         let hole = start.next_multiple_of(THP_SIZE);
-        std::mem::forget(self);
+        mem::forget(self);
         drop(Self { start: hole, size });
         Ok((
             Self {
