@@ -122,20 +122,23 @@ impl Bench {
 
     /// Keeps the I/O thread from doing anything until the sender is dropped.
     fn hold(&self) -> Sender<()> {
-        struct Hold(EventFd, Receiver<()>);
+        struct Hold(EventFd, Sender<()>, Receiver<()>);
         impl IoHandler for Hold {
             fn start(&mut self, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
                 registrar.add(&self.0, 0, EventSet::IN)
             }
             fn ready(&mut self, _: IoEvent, registrar: &mut Registrar<'_, '_>) {
                 let _ = registrar.remove(&self.0);
-                let _ = self.1.recv();
+                let _ = self.1.send(());
+                let _ = self.2.recv();
             }
         }
-        let (release, held) = channel();
+        let (release, released) = channel();
+        let (hold, held) = channel();
         let wake = EventFd::new(0).unwrap();
         wake.write(1).unwrap();
-        let attached = self.io.handle().attach(Hold(wake, held)).unwrap();
+        let attached = self.io.handle().attach(Hold(wake, hold, released)).unwrap();
+        held.recv_timeout(LONG).unwrap();
         // It stays attached: detaching would wait for what it waits for.
         std::mem::forget(attached);
         release

@@ -69,6 +69,7 @@ fn input_is_kept_while_the_guest_tests_its_port() {
     bench.assert_quiet();
     bench.send(b"\xae");
     assert_eq!(bench.receive_exactly(1), [0xae]);
+    bench.settle();
     bench.set(MCR, 0);
     assert_eq!(bench.receive_exactly(11), b"typed early");
 }
