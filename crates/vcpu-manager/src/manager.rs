@@ -75,8 +75,7 @@ impl VcpuManager {
         let shared = Arc::new(Shared::new(vcpus, bus, read_memory, kick_signal, on_end));
         let threads = spawn(&shared, kick_signal, &thread_name)?;
         if start_paused {
-            let count = shared.vcpus.len();
-            drop(shared.wait_until(None, |state| state.parked == count));
+            drop(shared.wait_until(None, |state| shared.all_parked(state)));
         } else {
             shared.set_goal(Goal::Run);
         }
@@ -105,10 +104,11 @@ impl VcpuManager {
         if !self.shared.set_goal(Goal::Pause) {
             return Err(Error::Ended);
         }
-        let count = self.shared.vcpus.len();
-        self.shared.kick_all();
+        if !self.shared.all_parked(&lock(&self.shared.state)) {
+            self.shared.kick_all();
+        }
         let state = self.shared.wait_until(None, |state| {
-            state.parked == count || state.goal == Goal::Stop
+            self.shared.all_parked(state) || state.goal == Goal::Stop
         });
         if state.goal == Goal::Stop {
             Err(Error::Ended)
@@ -150,6 +150,22 @@ impl VcpuManager {
         }
     }
 
+    /// Ends the machine as [`stop`](Self::stop) does, and does not wait for the threads: for those
+    /// who must not wait, such as a thread that a vCPU may be waiting for.
+    pub fn request_stop(&self) {
+        self.shared.finish(MachineEnd::Stopped);
+    }
+
+    /// Whether the vCPUs are paused, or about to be.
+    pub fn is_paused(&self) -> bool {
+        lock(&self.shared.state).goal == Goal::Pause
+    }
+
+    /// Whether this is called on one of the machine's own vCPU threads, as a device's code is.
+    pub fn is_vcpu_thread(&self) -> bool {
+        self.shared.own_vcpu().is_some()
+    }
+
     /// Waits for the machine's end, until the last vCPU has left the guest. On a vCPU's own thread
     /// that would be for ever.
     pub fn wait(&self) -> MachineEnd {
@@ -187,7 +203,7 @@ impl VcpuManager {
         };
         let _control = lock(&self.control);
         let state = lock(&self.shared.state);
-        let parked = state.goal == Goal::Pause && state.parked == self.shared.vcpus.len();
+        let parked = state.goal == Goal::Pause && self.shared.all_parked(&state);
         if !parked && !at_rest(&state) {
             return Err(Error::NotParked { vcpu });
         }

@@ -116,14 +116,15 @@ impl RunPage {
         unsafe { AtomicU8::from_ptr(&raw mut (*self.base.as_ptr()).immediate_exit) }
     }
 
-    /// Lets the next KVM_RUN, after it has completed what is unfinished, return EINTR.
-    pub(crate) fn request_exit(&self) {
-        self.immediate_exit().store(1, Ordering::SeqCst);
+    /// Lets the next KVM_RUN, after it has completed what is unfinished, return EINTR. Says whether
+    /// that was not asked for already.
+    pub(crate) fn request_exit(&self) -> bool {
+        self.immediate_exit().swap(1, Ordering::SeqCst) == 0
     }
 
     /// Takes the request back. Who calls it looks at what was asked for *after* it.
     pub(crate) fn clear_exit_request(&self) {
-        self.immediate_exit().store(0, Ordering::SeqCst);
+        self.immediate_exit().swap(0, Ordering::SeqCst);
     }
 
     /// Says what made KVM_RUN return; to be called after it returned without an error.

@@ -4,6 +4,10 @@
 //! the signal second. A thread that came back with EINTR takes `immediate_exit` back *before* it
 //! looks at the goal under the lock. So either it sees the new goal, or the kick comes after, and
 //! then `immediate_exit` is still set when it enters KVM_RUN: no kick is lost.
+//!
+//! Where `immediate_exit` is set already no second signal follows: the first one is on its way, or
+//! the thread is out of the guest and stays out until it has taken `immediate_exit` back, after
+//! which it looks at the goal. So signals never pile up, however often a machine is paused.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,7 +21,7 @@ use crate::end::{Crash, CrashCause, InstructionBytes, MachineEnd};
 use crate::instruction;
 use crate::options::ReadMemory;
 use crate::run_page::RunPage;
-use crate::signal::{self, KickSignal};
+use crate::signal::{self, KickSignal, ThreadId};
 
 /// Called once, with the end.
 pub(crate) type OnEnd = Box<dyn FnOnce(&MachineEnd) + Send>;
@@ -57,7 +61,7 @@ pub(crate) struct Vcpu {
     pub(crate) fd: Mutex<VcpuFd>,
     /// The thread, from its first to its last step. A thread takes itself out of here before it
     /// ends, and the lock is held while a signal is sent: so none is sent to a thread that ended.
-    thread: Mutex<Option<libc::pthread_t>>,
+    thread: Mutex<Option<ThreadId>>,
 }
 
 impl Vcpu {
@@ -123,14 +127,19 @@ impl Shared {
         true
     }
 
+    /// Whether every vCPU waits with its state whole. One that was resumed and has not woken up yet
+    /// counts: it looks at the goal again before it enters the guest.
+    pub(crate) fn all_parked(&self, state: &State) -> bool {
+        state.parked == self.vcpus.len()
+    }
+
     /// Brings every vCPU that is in the guest, or about to enter it, out of it.
     pub(crate) fn kick_all(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.page.request_exit();
-            if let Some(thread) = *lock(&vcpu.thread) {
-                // SAFETY: a thread takes itself out of this slot, under its lock, before it ends;
-                // the lock is held here.
-                unsafe { signal::send(self.kick_signal, thread) };
+        for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.page.request_exit()) {
+            // The lock is held while the signal is sent, so the thread can't end meanwhile.
+            let thread = lock(&vcpu.thread);
+            if let Some(thread) = *thread {
+                signal::send(self.kick_signal, thread);
             }
         }
     }
@@ -188,8 +197,7 @@ impl Shared {
 
     /// Called first by each vCPU's thread: it can be kicked from here on.
     pub(crate) fn enter(&self, index: usize) -> Entered<'_> {
-        // SAFETY: pthread_self has no conditions.
-        *lock(&self.vcpus[index].thread) = Some(unsafe { libc::pthread_self() });
+        *lock(&self.vcpus[index].thread) = Some(ThreadId::current());
         Entered {
             shared: self,
             index,
@@ -264,8 +272,7 @@ impl Shared {
 
     /// The vCPU whose thread this is, if it is one of this machine.
     pub(crate) fn own_vcpu(&self) -> Option<u32> {
-        // SAFETY: pthread_self has no conditions.
-        let own = unsafe { libc::pthread_self() };
+        let own = ThreadId::current();
         let is_own = |vcpu: &Vcpu| *lock(&vcpu.thread) == Some(own);
         self.vcpus.iter().position(is_own).map(vcpu_id)
     }

@@ -4,6 +4,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::Error;
 
@@ -93,15 +94,37 @@ fn set_handler(signal: i32, handler: libc::sighandler_t) -> io::Result<()> {
     Ok(())
 }
 
-/// Sends the kick to a thread.
+/// A thread, by the number that the kernel has for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ThreadId(libc::pid_t);
+
+impl ThreadId {
+    /// The calling thread.
+    pub(crate) fn current() -> Self {
+        // SAFETY: gettid has no conditions.
+        Self(unsafe { libc::gettid() })
+    }
+}
+
+/// Sends the kick to a thread of this process.
 ///
-/// # Safety
+/// Real-time signals queue, up to `RLIMIT_SIGPENDING` for all processes of a user together. Beyond
+/// it the kernel sends none (`EAGAIN`), so that this waits until others have taken theirs; of ours
+/// there is never more than one a vCPU.
 ///
-/// The thread has not ended, and can't end during the call.
-pub(crate) unsafe fn send(signal: KickSignal, thread: libc::pthread_t) {
-    // It fails only for a number that is no signal, which `KickSignal` rules out.
-    // SAFETY: the caller says that the thread lives.
-    unsafe { libc::pthread_kill(thread, signal.number()) };
+/// To a thread that has ended, whose number another thread of the process may have by now, it must
+/// not be sent; what happens then is a kick of the wrong thread.
+pub(crate) fn send(signal: KickSignal, thread: ThreadId) {
+    loop {
+        // SAFETY: tgkill takes three numbers and touches no memory of ours. For a thread of this
+        // process that lives, and a signal that exists, it fails only for want of room.
+        let sent =
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread.0, signal.number()) };
+        if sent == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EAGAIN) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// While it lives, the current thread has the signal mask that vCPU threads are to inherit: all
