@@ -1,1 +1,12 @@
-//! Virtio devices.
+//! Virtio devices. What they have in common - queues, features, the transports - is in
+//! [`kiln_virtio_device`]; here is what each type of device does.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | [`block`] | [`Block`](block::Block), and raw files as disks |
+//! | `iovec` | vectored I/O between file descriptors and guest RAM |
+
+pub mod block;
+#[cfg(test)]
+mod hostile;
+mod iovec;

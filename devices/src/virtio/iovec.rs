@@ -1,0 +1,227 @@
+//! Vectored I/O between file descriptors and guest RAM, with no copy in between.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use kiln_memory::GuestSlice;
+use libc::{c_int, iovec, off_t};
+use vm_memory::bitmap::Bitmap;
+
+/// The most pieces that one system call takes (`UIO_MAXIOV`).
+pub(crate) const MAX_PIECES: usize = 1024;
+
+/// Fills `slices` from `fd` at `offset` bytes, in as many calls as it takes.
+///
+/// # Errors
+///
+/// What the system says; `UnexpectedEof` where the file ends before.
+pub(crate) fn read_exact_at(
+    fd: BorrowedFd<'_>,
+    slices: &[GuestSlice<'_>],
+    offset: u64,
+) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(pieces) = Pieces::behind(slices, done) {
+        let at = file_offset(offset, done)?;
+        // SAFETY: the pieces are valid memory for as long as `slices` is borrowed. It is guest RAM,
+        // to which nothing in this process has a reference, so the kernel may write it.
+        let result = unsafe { libc::preadv(fd.as_raw_fd(), pieces.as_ptr(), pieces.count(), at) };
+        match transferred(result)? {
+            Some(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(count) => {
+                mark_written(slices, done, count);
+                done += count;
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Writes `slices` to `fd` at `offset` bytes, in as many calls as it takes.
+///
+/// # Errors
+///
+/// What the system says; `WriteZero` where nothing more can be written.
+pub(crate) fn write_all_at(
+    fd: BorrowedFd<'_>,
+    slices: &[GuestSlice<'_>],
+    offset: u64,
+) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(pieces) = Pieces::behind(slices, done) {
+        let at = file_offset(offset, done)?;
+        // SAFETY: the pieces are valid memory for as long as `slices` is borrowed, and the kernel
+        // only reads it.
+        let result = unsafe { libc::pwritev(fd.as_raw_fd(), pieces.as_ptr(), pieces.count(), at) };
+        match transferred(result)? {
+            Some(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Some(count) => done += count,
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// The memory of slices, as the kernel takes it.
+struct Pieces(Vec<iovec>);
+
+impl Pieces {
+    /// What of `slices` lies behind the first `skip` bytes, as much as one call takes; `None`
+    /// where nothing does.
+    fn behind(slices: &[GuestSlice<'_>], mut skip: usize) -> Option<Self> {
+        let mut pieces = Vec::with_capacity(slices.len().min(MAX_PIECES));
+        for slice in slices {
+            if pieces.len() == MAX_PIECES {
+                break;
+            }
+            match slice.offset(skip) {
+                Ok(rest) if !rest.is_empty() => {
+                    let iov_base = rest.ptr_guard_mut().as_ptr().cast();
+                    pieces.push(iovec {
+                        iov_base,
+                        iov_len: rest.len(),
+                    });
+                    skip = 0;
+                }
+                _ => skip -= slice.len().min(skip),
+            }
+        }
+        (!pieces.is_empty()).then_some(Self(pieces))
+    }
+
+    fn as_ptr(&self) -> *const iovec {
+        self.0.as_ptr()
+    }
+
+    fn count(&self) -> c_int {
+        // At most `MAX_PIECES`.
+        self.0.len() as c_int
+    }
+}
+
+/// The bytes that a call transferred; `None` where a signal came first and it is to be called
+/// again.
+fn transferred(result: isize) -> io::Result<Option<usize>> {
+    match usize::try_from(result) {
+        Ok(count) => Ok(Some(count)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+fn file_offset(offset: u64, done: usize) -> io::Result<off_t> {
+    offset
+        .checked_add(done as u64)
+        .and_then(|offset| off_t::try_from(offset).ok())
+        .ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
+/// Marks `count` bytes behind the first `skip` as written in the log of dirty pages, which the
+/// kernel knows nothing of.
+fn mark_written(slices: &[GuestSlice<'_>], mut skip: usize, mut count: usize) {
+    for slice in slices {
+        let start = skip.min(slice.len());
+        let len = count.min(slice.len() - start);
+        slice.bitmap().mark_dirty(start, len);
+        skip -= start;
+        count -= len;
+        if count == 0 {
+            break;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_memory::{GuestMemory, MemoryOptions, allocate};
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+    fn memory() -> GuestMemory {
+        allocate(&[(GuestAddress(0), 1 << 20)], &MemoryOptions::default()).unwrap()
+    }
+
+    /// Slices of `len` bytes each, every second one of a descending order, so that order matters.
+    fn slices(memory: &GuestMemory, count: usize, len: usize) -> Vec<GuestSlice<'_>> {
+        (0..count)
+            .map(|at| {
+                let place = if at % 2 == 0 { at } else { 2 * count - at };
+                memory
+                    .get_slice(GuestAddress((place * len) as u64), len)
+                    .unwrap()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn more_pieces_than_one_call_takes_arrive_in_order() {
+        let memory = memory();
+        let count = 2 * MAX_PIECES + 3;
+        let data: Vec<u8> = (0..count * 7).map(|at| ((at * 31) >> 3) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[0xee; 10]).unwrap();
+        file.write_all(&data).unwrap();
+        let slices = slices(&memory, count, 7);
+        read_exact_at(file.as_fd(), &slices, 10).unwrap();
+        let mut found = Vec::new();
+        for slice in &slices {
+            let mut bytes = [0; 7];
+            slice.copy_to(&mut bytes);
+            found.extend(bytes);
+        }
+        assert!(found == data);
+
+        let copy = tempfile::tempfile().unwrap();
+        write_all_at(copy.as_fd(), &slices, 3).unwrap();
+        let mut written = vec![0; data.len() + 3];
+        std::os::unix::fs::FileExt::read_exact_at(&copy, &mut written, 0).unwrap();
+        assert!(written[3..] == data);
+        assert_eq!(copy.metadata().unwrap().len(), data.len() as u64 + 3);
+    }
+
+    #[test]
+    fn a_file_that_ends_too_early_is_an_error() {
+        let memory = memory();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(10).unwrap();
+        let slices = slices(&memory, 2, 8);
+        let error = read_exact_at(file.as_fd(), &slices, 0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let error = read_exact_at(file.as_fd(), &slices, u64::MAX - 3).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        let read_only = std::fs::File::open("/proc/self/exe").unwrap();
+        let error = write_all_at(read_only.as_fd(), &slices, 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+    }
+
+    #[test]
+    fn what_the_kernel_wrote_is_in_the_log_of_dirty_pages() {
+        let options = MemoryOptions {
+            dirty_log: true,
+            ..Default::default()
+        };
+        let memory = allocate(&[(GuestAddress(0), 1 << 20)], &options).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 0x3000]).unwrap();
+        let slices = [
+            memory.get_slice(GuestAddress(0x2000), 0x1000).unwrap(),
+            memory.get_slice(GuestAddress(0x8800), 0x1000).unwrap(),
+        ];
+        read_exact_at(file.as_fd(), &slices, 0).unwrap();
+        let dirty: Vec<_> = (0..16)
+            .filter(|page| {
+                let slice = memory
+                    .get_slice(GuestAddress(page * 0x1000), 0x1000)
+                    .unwrap();
+                slice.bitmap().dirty_at(0)
+            })
+            .collect();
+        assert_eq!(dirty, [2, 8, 9]);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x2fff)).unwrap(), 1);
+    }
+}
