@@ -1,0 +1,30 @@
+//! The developer commands of Kiln, as a library that the integration tests use too.
+//!
+//! - [`assets`]: Debian's kernels, an initrd for each, and a root disk, made once and kept;
+//! - [`initrd`]: extending an initrd with the script that a guest runs;
+//! - [`nested`]: a Linux with a real `/dev/kvm` on any host, that runs any of the host's programs;
+//! - [`host`]: what this machine's own KVM can do;
+//! - [`packages`]: the Debian packages that all this takes, installed when missing;
+//! - [`process`], [`paths`], [`cpio`], [`bzimage`], [`modules`]: the small things below.
+//!
+//! Nothing here links with the machine monitor: the commands drive the `kiln` program.
+//!
+//! ```
+//! let mut archive = kiln_xtask::cpio::Archive::new();
+//! archive.file("test.sh", 0o755, b"poweroff -f\n");
+//! assert_eq!(archive.finish().len() % 512, 0);
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod assets;
+pub mod bzimage;
+pub mod cpio;
+pub mod host;
+pub mod initrd;
+pub mod modules;
+pub mod nested;
+pub mod packages;
+pub mod paths;
+pub mod process;
+mod root;

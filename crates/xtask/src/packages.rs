@@ -1,0 +1,211 @@
+//! The Debian packages that the developer commands use, and installing those that are missing.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process;
+
+/// A program that we use, and the Debian package that has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tool {
+    /// The program's name or its absolute path.
+    pub program: &'static str,
+    /// The package.
+    pub package: &'static str,
+}
+
+const fn tool(program: &'static str, package: &'static str) -> Tool {
+    Tool { program, package }
+}
+
+/// The path of busybox, linked statically, that becomes the userland of guests.
+pub const BUSYBOX: &str = "/bin/busybox";
+/// The path of the program that shares the host's files with the nested machine.
+pub const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
+
+/// What preparing guests takes.
+pub const GUEST: &[Tool] = &[
+    tool(BUSYBOX, "busybox-static"),
+    tool("mkfs.ext4", "e2fsprogs"),
+    tool("lz4", "lz4"),
+    tool("xz", "xz-utils"),
+    tool("zstd", "zstd"),
+    tool("setpriv", "util-linux"),
+];
+
+/// What the nested machine takes.
+pub const NESTED: &[Tool] = &[
+    tool("qemu-system-x86_64", "qemu-system-x86"),
+    tool(VIRTIOFSD, "qemu-system-common"),
+];
+
+/// What running guests by hand and by the integration tests takes.
+pub const RUN: &[Tool] = &[tool("ip", "iproute2"), tool("e2fsck", "e2fsprogs")];
+
+/// Makes sure that `tools` are there: the packages of those missing are installed when we are
+/// root, and named together with the command otherwise.
+///
+/// # Errors
+///
+/// When something is missing and cannot be installed.
+pub fn ensure(tools: &[Tool]) -> Result<()> {
+    let missing = packages_of(tools, |tool| process::find(tool.program).is_some());
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let command = format!(
+        "apt-get install --yes --no-install-recommends {}",
+        missing.join(" ")
+    );
+    if !rustix::process::geteuid().is_root() {
+        bail!("missing Debian packages; install them with: sudo {command}");
+    }
+    eprintln!("xtask: installing {}", missing.join(" "));
+    let lists_are_empty = !has_lists(Path::new("/var/lib/apt/lists"));
+    if lists_are_empty {
+        update()?;
+    }
+    if let Err(error) = install(&missing) {
+        if lists_are_empty {
+            return Err(error);
+        }
+        update()?;
+        install(&missing)?;
+    }
+    let still = packages_of(tools, |tool| process::find(tool.program).is_some());
+    if !still.is_empty() {
+        bail!(
+            "{} installed, but not all of its programs are there",
+            still.join(" ")
+        );
+    }
+    Ok(())
+}
+
+/// Fetches the lists of packages.
+///
+/// # Errors
+///
+/// When `apt-get update` fails.
+pub fn update() -> Result<()> {
+    process::run(process::tied("apt-get").args(["--quiet=2", "update"]))
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    let mut command = process::tied("apt-get");
+    command
+        .args(["--quiet=2", "install", "--yes", "--no-install-recommends"])
+        .args(packages);
+    process::run(command.env("DEBIAN_FRONTEND", "noninteractive"))
+        .with_context(|| format!("install {}", packages.join(" ")))
+}
+
+fn packages_of(tools: &[Tool], is_there: impl Fn(&Tool) -> bool) -> Vec<&'static str> {
+    let mut packages: Vec<_> = tools
+        .iter()
+        .filter(|tool| !is_there(tool))
+        .map(|tool| tool.package)
+        .collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
+}
+
+fn has_lists(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|entries| {
+        entries
+            .flatten()
+            .any(|entry| entry.file_name().to_string_lossy().contains("_Packages"))
+    })
+}
+
+/// Returns the newest package of a series of Debian's cloud kernels, such as 6.12, among `names`,
+/// one a line.
+pub fn newest_kernel<'a>(names: &'a str, series: &str) -> Option<&'a str> {
+    names
+        .lines()
+        .map(str::trim)
+        .filter(|name| kernel_version(name, series).is_some())
+        .max_by_key(|name| kernel_version(name, series))
+}
+
+/// Returns the numbers in the name of a kernel's package when it is a cloud kernel of `series`.
+fn kernel_version(name: &str, series: &str) -> Option<Vec<u32>> {
+    let release = name
+        .strip_prefix("linux-image-")?
+        .strip_suffix("-cloud-amd64")?;
+    let rest = release.strip_prefix(series)?.strip_prefix('.')?;
+    rest.split(['.', '-'])
+        .map(|part| {
+            // `117+deb12`: what follows the plus is the release of Debian.
+            part.split_once('+')
+                .map_or(part, |(number, _)| number)
+                .parse()
+                .ok()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMES: &str = "linux-image-cloud-amd64
+linux-image-6.1.0-47-cloud-amd64-unsigned
+linux-image-6.1.0-9-cloud-amd64
+linux-image-6.1.0-56-cloud-amd64
+linux-image-6.1.0-56-cloud-amd64-dbg
+linux-image-6.1.0-57-rt-amd64
+linux-image-6.12-cloud-amd64
+linux-image-6.12.99+deb12-cloud-amd64
+linux-image-6.12.117+deb12-cloud-amd64
+linux-image-6.12.118+deb12-cloud-amd64-unsigned
+linux-image-6.12.118+deb12-cloud-arm64
+";
+
+    #[test]
+    fn the_newest_signed_cloud_kernel_of_a_series_is_found() {
+        assert_eq!(
+            newest_kernel(NAMES, "6.1"),
+            Some("linux-image-6.1.0-56-cloud-amd64")
+        );
+        assert_eq!(
+            newest_kernel(NAMES, "6.12"),
+            Some("linux-image-6.12.117+deb12-cloud-amd64")
+        );
+        assert_eq!(newest_kernel(NAMES, "6.18"), None);
+    }
+
+    #[test]
+    fn each_missing_package_is_named_once() {
+        let tools = [
+            tool("b", "two"),
+            tool("a", "one"),
+            tool("c", "two"),
+            tool("d", "three"),
+        ];
+        assert_eq!(
+            packages_of(&tools, |tool| tool.program == "d"),
+            ["one", "two"]
+        );
+        assert!(packages_of(&tools, |_| true).is_empty());
+    }
+
+    #[test]
+    fn empty_lists_are_told_from_filled_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!has_lists(&folder.path().join("absent")));
+        fs::create_dir(folder.path().join("partial")).unwrap();
+        assert!(!has_lists(folder.path()));
+        fs::write(
+            folder
+                .path()
+                .join("host_dists_main_binary-amd64_Packages.lz4"),
+            "",
+        )
+        .unwrap();
+        assert!(has_lists(folder.path()));
+    }
+}
