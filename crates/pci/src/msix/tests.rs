@@ -247,6 +247,27 @@ fn what_the_sink_kept_is_pending_saved_and_fires_once() {
 }
 
 #[test]
+fn opening_a_vector_takes_what_the_sink_kept() {
+    let (recorder, msix) = recorded(1);
+    set_message(&msix, 0);
+    msix.set_control(ENABLE);
+    recorder.kept.lock().unwrap().push(0);
+    set_mask(&msix, 0, false);
+    assert_eq!(
+        recorder.taken(),
+        [Call::Connect(0, message(0)), Call::Signal(0, message(0))]
+    );
+    // Nothing is left that would come once more after the next mask and unmask.
+    assert!(recorder.kept.lock().unwrap().is_empty());
+    set_mask(&msix, 0, true);
+    set_mask(&msix, 0, false);
+    assert_eq!(
+        recorder.taken(),
+        [Call::Disconnect(0), Call::Connect(0, message(0))]
+    );
+}
+
+#[test]
 fn a_state_is_restored_with_its_pending_events() {
     let (_, msix) = recorded(3);
     for vector in 0..3 {

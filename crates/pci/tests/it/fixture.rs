@@ -23,6 +23,9 @@ pub(crate) const VECTORS: u16 = 3;
 pub(crate) const BAR_32: usize = 0;
 pub(crate) const BAR_64: usize = 1;
 pub(crate) const BAR_IO: usize = 3;
+/// Where the structures of MSI-X are in the 64-bit BAR.
+pub(crate) const TABLE_OFFSET: u64 = 0x1000;
+pub(crate) const PENDING_OFFSET: u64 = 0x2000;
 
 /// Answers a read with its BAR's number in the upper half of each byte, and the low bits of the
 /// offset in the lower.
@@ -91,6 +94,7 @@ pub(crate) struct Fixture {
     pub(crate) echo: Arc<Echo>,
     pub(crate) moves: Arc<Moves>,
     pub(crate) msix: Arc<Msix>,
+    pub(crate) messages: Arc<Messages>,
     pub(crate) pin: Arc<IntxPin>,
     pub(crate) level: Arc<Level>,
     memory_32: Arc<dyn BusDevice>,
@@ -108,7 +112,8 @@ impl Fixture {
             subsystem_vendor_id: 0x1af4,
             subsystem_id: 0x1100,
         };
-        let msix = Arc::new(Msix::new(VECTORS, Arc::new(Messages::default())).unwrap());
+        let messages = Arc::new(Messages::default());
+        let msix = Arc::new(Msix::new(VECTORS, messages.clone()).unwrap());
         let moves = Arc::new(Moves::default());
         let mut description = FunctionDescription::new("echo", &identity);
         assert_eq!(description.add_bar(Bar::memory32(0x1000)).unwrap(), BAR_32);
@@ -120,9 +125,9 @@ impl Fixture {
         assert_eq!(description.add_capability(&vendor).unwrap(), 0x40);
         let placement = MsixPlacement {
             table_bar: BAR_64,
-            table_offset: 0x1000,
+            table_offset: TABLE_OFFSET as u32,
             pending_bar: BAR_64,
-            pending_offset: 0x2000,
+            pending_offset: PENDING_OFFSET as u32,
         };
         assert_eq!(description.add_msix(msix.clone(), placement).unwrap(), 0x48);
         let serial = ExtendedCapability::new(0x0003, 1, [1, 2, 3, 4, 5, 6, 7, 8]);
@@ -158,6 +163,7 @@ impl Fixture {
             echo,
             moves,
             msix,
+            messages,
             pin,
             level,
             bus,

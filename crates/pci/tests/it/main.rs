@@ -5,3 +5,4 @@ mod config_space;
 mod fixture;
 mod hostile;
 mod moving_bar;
+mod msix;
