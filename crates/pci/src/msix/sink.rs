@@ -41,8 +41,9 @@ pub struct MsiMessage {
 ///      the table.
 ///    - **Opening sets the route first, then attaches the eventfd** (`KVM_IRQFD`). What is written
 ///      between the take and the attachment is not lost: KVM looks at the counter when an eventfd
-///      is attached, and delivers what it finds. The pending bit is signalled last, so it finds
-///      the eventfd attached.
+///      is attached, and delivers what it finds (without consuming it, so that it may come a
+///      second time when the vector opens again). The pending bit is signalled last, so it
+///      finds the eventfd attached.
 ///
 /// An event that is signalled twice is harmless, since a driver must expect that; one that is lost
 /// would hang the guest. In doubt a sink errs on the side of the former.
