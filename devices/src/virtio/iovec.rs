@@ -63,6 +63,50 @@ pub(crate) fn write_all_at(
     Ok(())
 }
 
+/// Reads one packet from `fd` into `slices`; gives its bytes. What does not fit is lost.
+///
+/// # Errors
+///
+/// What the system says; `WouldBlock` where there is no packet.
+pub(crate) fn read_packet(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let pieces = packet_pieces(slices)?;
+    loop {
+        // SAFETY: as in `read_exact_at`.
+        let result = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), pieces.count()) };
+        if let Some(count) = transferred(result)? {
+            mark_written(slices, 0, count);
+            return Ok(count);
+        }
+    }
+}
+
+/// Writes `slices` to `fd` as one packet.
+///
+/// # Errors
+///
+/// What the system says; `WouldBlock` where there is no room for a packet, `InvalidInput` where it
+/// is in too many pieces.
+pub(crate) fn write_packet(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<()> {
+    let pieces = packet_pieces(slices)?;
+    loop {
+        // SAFETY: as in `write_all_at`.
+        let result = unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), pieces.count()) };
+        if transferred(result)?.is_some() {
+            return Ok(());
+        }
+    }
+}
+
+/// A packet goes with one call.
+fn packet_pieces(slices: &[GuestSlice<'_>]) -> io::Result<Pieces> {
+    let pieces = if slices.len() > MAX_PIECES {
+        None
+    } else {
+        Pieces::behind(slices, 0)
+    };
+    pieces.ok_or_else(|| io::ErrorKind::InvalidInput.into())
+}
+
 /// The memory of slices, as the kernel takes it.
 struct Pieces(Vec<iovec>);
 

@@ -4,9 +4,11 @@
 //! | module | what lives there |
 //! |---|---|
 //! | [`block`] | [`Block`](block::Block), and raw files as disks |
+//! | [`net`] | [`Net`](net::Net), and taps as its cable |
 //! | `iovec` | vectored I/O between file descriptors and guest RAM |
 
 pub mod block;
 #[cfg(test)]
 mod hostile;
 mod iovec;
+pub mod net;

@@ -1,0 +1,295 @@
+//! The device: what it offers, its configuration, and what lives on the I/O thread.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use kiln_io_thread::{EventSet, IoEvent, Registrar};
+use kiln_virtio_device::{
+    ActivateError, Activation, ActiveQueue, QueueError, QueueHandler, Turn, VirtioDevice, Worker,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net as raw;
+
+use super::receive::{ReceiveMode, Receiver, Wait};
+use super::transmit::transmit;
+use super::{MacAddress, NetBackend, Offloads};
+
+/// The header in front of every packet (virtio 1.3, section 5.1.6).
+pub(super) const HEADER_BYTES: usize = 12;
+/// The largest packet: a frame with 64 KiB and a VLAN tag, and the header.
+pub(super) const MAX_PACKET: usize = HEADER_BYTES + 14 + 4 + 65536;
+
+const QUEUE_SIZE: u16 = 256;
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+/// The least MTU that a device may tell of (virtio 1.3, section 5.1.4.1).
+const MIN_MTU: u16 = 1280;
+const LINK_UP: u16 = raw::VIRTIO_NET_S_LINK_UP as u16;
+
+const CSUM: u64 = 1 << raw::VIRTIO_NET_F_CSUM;
+const GUEST_CSUM: u64 = 1 << raw::VIRTIO_NET_F_GUEST_CSUM;
+const MTU: u64 = 1 << raw::VIRTIO_NET_F_MTU;
+const MAC: u64 = 1 << raw::VIRTIO_NET_F_MAC;
+const GUEST_TSO4: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO4;
+const GUEST_TSO6: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO6;
+const GUEST_ECN: u64 = 1 << raw::VIRTIO_NET_F_GUEST_ECN;
+const HOST_TSO4: u64 = 1 << raw::VIRTIO_NET_F_HOST_TSO4;
+const HOST_TSO6: u64 = 1 << raw::VIRTIO_NET_F_HOST_TSO6;
+const HOST_ECN: u64 = 1 << raw::VIRTIO_NET_F_HOST_ECN;
+const MRG_RXBUF: u64 = 1 << raw::VIRTIO_NET_F_MRG_RXBUF;
+const STATUS: u64 = 1 << raw::VIRTIO_NET_F_STATUS;
+
+/// How a network device is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetOptions {
+    /// The device's address; a random one by default.
+    pub mac: Option<MacAddress>,
+}
+
+/// Why a network device could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NetError {
+    /// The address is a group's, or zero.
+    #[error("give a network device the address {mac}: it is not that of one interface")]
+    Mac {
+        /// What was given.
+        mac: MacAddress,
+    },
+    /// There are no random numbers.
+    #[error("choose a random MAC address")]
+    Random(#[source] io::Error),
+    /// There is no memory.
+    #[error("allocate a network device's memory")]
+    Memory(#[source] kiln_memory::Error),
+}
+
+/// What a network device has done since it was made. Bytes are those of frames.
+#[derive(Debug, Default)]
+pub struct NetCounters {
+    /// Packets given to the driver.
+    pub rx_packets: AtomicU64,
+    /// The bytes of these.
+    pub rx_bytes: AtomicU64,
+    /// Packets that were too large or too small for the driver.
+    pub rx_dropped: AtomicU64,
+    /// Errors of the network, and buffers of the driver of no use.
+    pub rx_errors: AtomicU64,
+    /// Packets that the network took.
+    pub tx_packets: AtomicU64,
+    /// The bytes of these.
+    pub tx_bytes: AtomicU64,
+    /// Packets that the network did not take.
+    pub tx_dropped: AtomicU64,
+}
+
+/// A virtio network device with one pair of queues.
+///
+/// Its state is in the transport's state and in its options; a packet on its way when the device
+/// is stopped may be lost, as on any wire.
+pub struct Net {
+    worker: Worker<NetHandler>,
+    counters: Arc<NetCounters>,
+    features: u64,
+    mac: MacAddress,
+    config: [u8; CONFIG_BYTES],
+}
+
+/// The configuration up to and with `mtu` (virtio 1.3, section 5.1.4).
+const CONFIG_BYTES: usize = 12;
+
+impl Net {
+    /// A device with this network.
+    ///
+    /// # Errors
+    ///
+    /// [`NetError`] where the options cannot be, or the system gives no memory or random numbers.
+    pub fn new(backend: impl NetBackend, options: NetOptions) -> Result<Self, NetError> {
+        let mac = match options.mac {
+            Some(mac) if mac.is_unicast() => mac,
+            Some(mac) => return Err(NetError::Mac { mac }),
+            None => MacAddress::random().map_err(NetError::Random)?,
+        };
+        let mtu = backend.mtu().filter(|mtu| *mtu >= MIN_MTU);
+        let mut features = MAC | MRG_RXBUF | STATUS | offload_features(backend.offloads());
+        let mut config = [0; CONFIG_BYTES];
+        config[0..6].copy_from_slice(&mac.bytes());
+        config[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+        // 8..10 is the number of queue pairs, which is not offered.
+        if let Some(mtu) = mtu {
+            features |= MTU;
+            config[10..12].copy_from_slice(&mtu.to_le_bytes());
+        }
+        let counters = Arc::new(NetCounters::default());
+        let handler = NetHandler {
+            backend: Box::new(backend),
+            receiver: Receiver::new().map_err(NetError::Memory)?,
+            counters: Arc::clone(&counters),
+            watched: false,
+        };
+        Ok(Self {
+            worker: Worker::new(handler),
+            counters,
+            features,
+            mac,
+            config,
+        })
+    }
+
+    /// The device's address.
+    pub fn mac(&self) -> MacAddress {
+        self.mac
+    }
+
+    /// What the device has done, to be looked at while it works.
+    pub fn counters(&self) -> Arc<NetCounters> {
+        Arc::clone(&self.counters)
+    }
+}
+
+/// The features that say that the network can do this, in both directions.
+fn offload_features(offloads: Offloads) -> u64 {
+    let mut features = 0;
+    if offloads.checksum {
+        features |= CSUM | GUEST_CSUM;
+        for (offered, bits) in [
+            (offloads.tso4, HOST_TSO4 | GUEST_TSO4),
+            (offloads.tso6, HOST_TSO6 | GUEST_TSO6),
+            (
+                offloads.ecn && (offloads.tso4 || offloads.tso6),
+                HOST_ECN | GUEST_ECN,
+            ),
+        ] {
+            if offered {
+                features |= bits;
+            }
+        }
+    }
+    features
+}
+
+/// The offloads of packets that a driver with these features takes.
+fn guest_offloads(features: u64) -> Offloads {
+    Offloads {
+        checksum: features & GUEST_CSUM != 0,
+        tso4: features & GUEST_TSO4 != 0,
+        tso6: features & GUEST_TSO6 != 0,
+        ecn: features & GUEST_ECN != 0,
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE; 2]
+    }
+
+    /// Features need those that they build on (virtio 1.3, section 5.1.3.1).
+    fn validate_features(&self, acknowledged: u64) -> bool {
+        let has = |bits: u64| acknowledged & bits != 0;
+        let needs = [
+            (HOST_TSO4 | HOST_TSO6, CSUM),
+            (HOST_ECN, HOST_TSO4 | HOST_TSO6),
+            (GUEST_TSO4 | GUEST_TSO6, GUEST_CSUM),
+            (GUEST_ECN, GUEST_TSO4 | GUEST_TSO6),
+        ];
+        needs
+            .into_iter()
+            .all(|(bits, base)| !has(bits) || has(base))
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        let known = self.config.get(offset..).unwrap_or_default();
+        for (to, from) in data.iter_mut().zip(known) {
+            *to = *from;
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.worker.activate(activation)
+    }
+
+    fn deactivate(&mut self) -> Vec<ActiveQueue> {
+        self.worker.deactivate()
+    }
+}
+
+impl fmt::Debug for Net {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Net")
+            .field("mac", &self.mac)
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What lives on the I/O thread: the network.
+struct NetHandler {
+    backend: Box<dyn NetBackend>,
+    receiver: Receiver,
+    counters: Arc<NetCounters>,
+    /// Packets from the network are waited for.
+    watched: bool,
+}
+
+impl NetHandler {
+    /// Waits for packets only while the driver has buffers for them: a network that is ready and
+    /// not read would keep the thread busy.
+    fn wait(&mut self, wait: Wait, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+        let watch = wait == Wait::Packets;
+        if watch != self.watched {
+            let fd = self.backend.readiness();
+            if watch {
+                registrar.add(&fd, Self::FIRST_TOKEN, EventSet::IN)?;
+            } else {
+                registrar.remove(&fd)?;
+            }
+            self.watched = watch;
+        }
+        Ok(())
+    }
+}
+
+impl QueueHandler for NetHandler {
+    fn start(&mut self, features: u64, _registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+        self.watched = false;
+        self.receiver.start(ReceiveMode {
+            mergeable: features & MRG_RXBUF != 0,
+            large: features & (GUEST_TSO4 | GUEST_TSO6) != 0,
+            flags: features & GUEST_CSUM != 0,
+        });
+        self.backend.set_offloads(guest_offloads(features))
+    }
+
+    fn process(
+        &mut self,
+        turn: &mut Turn<'_>,
+        registrar: &mut Registrar<'_, '_>,
+    ) -> Result<(), QueueError> {
+        match turn.index() {
+            RECEIVE => {
+                let wait = self
+                    .receiver
+                    .receive(&mut *self.backend, &self.counters, turn)?;
+                self.wait(wait, registrar)?;
+            }
+            TRANSMIT => transmit(&mut *self.backend, &self.counters, turn)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn ready(&mut self, _event: IoEvent) -> Option<u16> {
+        Some(RECEIVE)
+    }
+}

@@ -1,0 +1,82 @@
+//! Network devices (virtio 1.3, section 5.1).
+//!
+//! Every packet that a [`NetBackend`] sends or receives begins with the 12 bytes of
+//! `virtio_net_hdr`, which say what offloads the packet needs: the device passes them on.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `backend` | [`NetBackend`]: what a network can do; [`Offloads`] |
+//! | `tap` | [`Tap`]: a tap interface of the host |
+//! | `mac` | [`MacAddress`] |
+//! | `device` | [`Net`]: features and configuration |
+//! | `receive`, `transmit` | the two queues |
+//!
+//! # Example
+//!
+//! A network that sends everything back to where it came from, over a datagram socket:
+//!
+//! ```
+//! use kiln_devices::virtio::net::{MacAddress, Net, NetBackend, NetOptions, Offloads};
+//! use kiln_memory::GuestSlice;
+//! use std::io;
+//! use std::os::fd::{AsFd, BorrowedFd};
+//! use std::os::unix::net::UnixDatagram;
+//!
+//! struct Loop(UnixDatagram, UnixDatagram);
+//!
+//! impl NetBackend for Loop {
+//!     fn readiness(&self) -> BorrowedFd<'_> {
+//!         self.1.as_fd()
+//!     }
+//!     fn offloads(&self) -> Offloads {
+//!         Offloads::default()
+//!     }
+//!     fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
+//!         Ok(())
+//!     }
+//!     fn send(&mut self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
+//!         let mut bytes = Vec::new();
+//!         for slice in packet {
+//!             let start = bytes.len();
+//!             bytes.resize(start + slice.len(), 0);
+//!             slice.copy_to(&mut bytes[start..]);
+//!         }
+//!         self.0.send(&bytes).map(drop)
+//!     }
+//!     fn receive(&mut self, buffers: &[GuestSlice<'_>]) -> io::Result<usize> {
+//!         let mut bytes = vec![0; 65_600];
+//!         let len = self.1.recv(&mut bytes)?;
+//!         let mut rest = &bytes[..len];
+//!         for buffer in buffers {
+//!             let (now, later) = rest.split_at(rest.len().min(buffer.len()));
+//!             buffer.copy_from(now);
+//!             rest = later;
+//!         }
+//!         Ok(len)
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (to, from) = UnixDatagram::pair()?;
+//! to.set_nonblocking(true)?;
+//! from.set_nonblocking(true)?;
+//! let options = NetOptions { mac: Some("06:00:00:00:00:01".parse()?), ..Default::default() };
+//! let net = Net::new(Loop(to, from), options)?;
+//! assert_eq!(net.mac().to_string(), "06:00:00:00:00:01");
+//! # Ok(())
+//! # }
+//! ```
+
+mod backend;
+mod device;
+mod mac;
+mod receive;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod transmit;
+
+pub use backend::{NetBackend, Offloads};
+pub use device::{Net, NetCounters, NetError, NetOptions};
+pub use mac::{MacAddress, ParseMacAddressError};
+pub use tap::{Tap, TapError};
