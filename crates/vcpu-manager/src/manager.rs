@@ -143,6 +143,7 @@ impl VcpuManager {
         if self.shared.own_vcpu().is_some() {
             return;
         }
+        drop(self.shared.wait_until(None, |state| state.live == 0));
         // Whoever comes second waits for the first, so both return to a machine at rest.
         for thread in lock(&self.threads).drain(..) {
             // It fails where the thread panicked, which `run_thread` has caught and reported.

@@ -8,10 +8,13 @@
 //! Where `immediate_exit` is set already no second signal follows: the first one is on its way, or
 //! the thread is out of the guest and stays out until it has taken `immediate_exit` back, after
 //! which it looks at the goal. So signals never pile up, however often a machine is paused.
+//!
+//! A signal that found no room in the user's queue is owed. Whoever waits for the vCPUs sends it
+//! again until it gets through, and so does each vCPU's thread when it has ended.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_device_api::VcpuBus;
 use kvm_ioctls::VcpuFd;
@@ -22,6 +25,9 @@ use crate::instruction;
 use crate::options::ReadMemory;
 use crate::run_page::RunPage;
 use crate::signal::{self, KickSignal, ThreadId};
+
+/// How long a thread rests before it tries again what it could not do.
+pub(crate) const NAP: Duration = Duration::from_millis(1);
 
 /// Called once, with the end.
 pub(crate) type OnEnd = Box<dyn FnOnce(&MachineEnd) + Send>;
@@ -59,9 +65,18 @@ pub(crate) struct Vcpu {
     /// Held by the vCPU's thread whenever it may enter the guest, free while it is parked and
     /// after it has ended.
     pub(crate) fd: Mutex<VcpuFd>,
-    /// The thread, from its first to its last step. A thread takes itself out of here before it
-    /// ends, and the lock is held while a signal is sent: so none is sent to a thread that ended.
-    thread: Mutex<Option<ThreadId>>,
+    /// The lock is held while a signal is sent, and a thread takes itself out of here before it
+    /// ends: so none is sent to a thread that ended.
+    kick: Mutex<Kick>,
+}
+
+/// Whom to kick, and whether that is still to be done.
+#[derive(Default)]
+struct Kick {
+    /// The vCPU's thread, from its first step to its last.
+    thread: Option<ThreadId>,
+    /// There was no room for the signal.
+    owed: bool,
 }
 
 impl Vcpu {
@@ -70,7 +85,7 @@ impl Vcpu {
             counters: Counters::default(),
             page,
             fd: Mutex::new(fd),
-            thread: Mutex::new(None),
+            kick: Mutex::default(),
         }
     }
 }
@@ -136,12 +151,30 @@ impl Shared {
     /// Brings every vCPU that is in the guest, or about to enter it, out of it.
     pub(crate) fn kick_all(&self) {
         for vcpu in self.vcpus.iter().filter(|vcpu| vcpu.page.request_exit()) {
-            // The lock is held while the signal is sent, so the thread can't end meanwhile.
-            let thread = lock(&vcpu.thread);
-            if let Some(thread) = *thread {
-                signal::send(self.kick_signal, thread);
+            let mut kick = lock(&vcpu.kick);
+            if !self.send(&mut kick) {
+                tracing::warn!("a vCPU's kick is late: the user has too many signals queued");
             }
         }
+    }
+
+    /// Sends again what found no room before; says whether nothing is owed any more.
+    pub(crate) fn send_owed(&self) -> bool {
+        let mut all_sent = true;
+        for vcpu in &self.vcpus {
+            let mut kick = lock(&vcpu.kick);
+            all_sent &= !kick.owed || self.send(&mut kick);
+        }
+        all_sent
+    }
+
+    /// A thread that has not begun, or has ended, needs no signal.
+    fn send(&self, kick: &mut Kick) -> bool {
+        let sent = kick
+            .thread
+            .is_none_or(|thread| signal::send(self.kick_signal, thread));
+        kick.owed = !sent;
+        sent
     }
 
     /// Ends the machine, unless it has ended already: the first end wins.
@@ -197,7 +230,7 @@ impl Shared {
 
     /// Called first by each vCPU's thread: it can be kicked from here on.
     pub(crate) fn enter(&self, index: usize) -> Entered<'_> {
-        *lock(&self.vcpus[index].thread) = Some(ThreadId::current());
+        lock(&self.vcpus[index].kick).thread = Some(ThreadId::current());
         Entered {
             shared: self,
             index,
@@ -258,22 +291,30 @@ impl Shared {
         timeout: Option<Duration>,
         until: impl Fn(&State) -> bool,
     ) -> MutexGuard<'_, State> {
-        let state = lock(&self.state);
-        match timeout {
-            None => self.progress.wait_while(state, |state| !until(state)),
-            Some(timeout) => self
-                .progress
-                .wait_timeout_while(state, timeout, |state| !until(state))
-                .map(|(state, _)| state)
-                .map_err(|poisoned| PoisonError::new(poisoned.into_inner().0)),
+        let start = Instant::now();
+        loop {
+            let left = timeout.map(|timeout| timeout.saturating_sub(start.elapsed()));
+            let nothing_owed = self.send_owed();
+            let state = lock(&self.state);
+            if until(&state) || left.is_some_and(|left| left.is_zero()) {
+                return state;
+            }
+            let nap = if nothing_owed {
+                left
+            } else {
+                Some(left.map_or(NAP, |left| left.min(NAP)))
+            };
+            match nap {
+                None => drop(self.progress.wait(state)),
+                Some(nap) => drop(self.progress.wait_timeout(state, nap)),
+            }
         }
-        .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The vCPU whose thread this is, if it is one of this machine.
     pub(crate) fn own_vcpu(&self) -> Option<u32> {
         let own = ThreadId::current();
-        let is_own = |vcpu: &Vcpu| *lock(&vcpu.thread) == Some(own);
+        let is_own = |vcpu: &Vcpu| lock(&vcpu.kick).thread == Some(own);
         self.vcpus.iter().position(is_own).map(vcpu_id)
     }
 }
@@ -286,7 +327,7 @@ pub(crate) struct Entered<'a> {
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
-        *lock(&self.shared.vcpus[self.index].thread) = None;
+        lock(&self.shared.vcpus[self.index].kick).thread = None;
         lock(&self.shared.state).live -= 1;
         self.shared.progress.notify_all();
     }

@@ -4,7 +4,6 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use crate::Error;
 
@@ -106,25 +105,16 @@ impl ThreadId {
     }
 }
 
-/// Sends the kick to a thread of this process.
+/// Sends the kick to a thread of this process, and says whether it could.
 ///
-/// Real-time signals queue, up to `RLIMIT_SIGPENDING` for all processes of a user together. Beyond
-/// it the kernel sends none (`EAGAIN`), so that this waits until others have taken theirs; of ours
-/// there is never more than one a vCPU.
+/// It can fail: real-time signals queue, and `RLIMIT_SIGPENDING` bounds how many a user may have in
+/// the queue, over all the user's processes. Then there may be room a little later.
 ///
-/// To a thread that has ended, whose number another thread of the process may have by now, it must
-/// not be sent; what happens then is a kick of the wrong thread.
-pub(crate) fn send(signal: KickSignal, thread: ThreadId) {
-    loop {
-        // SAFETY: tgkill takes three numbers and touches no memory of ours. For a thread of this
-        // process that lives, and a signal that exists, it fails only for want of room.
-        let sent =
-            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread.0, signal.number()) };
-        if sent == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EAGAIN) {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
+/// To a thread that has ended it must not be sent: another thread of the process may have its
+/// number by now.
+pub(crate) fn send(signal: KickSignal, thread: ThreadId) -> bool {
+    // SAFETY: tgkill takes plain numbers and touches no memory of ours.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread.0, signal.number()) == 0 }
 }
 
 /// While it lives, the current thread has the signal mask that vCPU threads are to inherit: all

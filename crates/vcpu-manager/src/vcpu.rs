@@ -4,6 +4,7 @@ use std::any::Any;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::thread;
 
 use kiln_device_api::{ExitRequest, VcpuBus};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
@@ -12,7 +13,7 @@ use kvm_ioctls::VcpuFd;
 use crate::counters::Kind;
 use crate::end::{CrashCause, InstructionBytes, MachineEnd};
 use crate::run_page::{Exit, Pio, RunPage};
-use crate::shared::{Shared, Vcpu, lock, vcpu_id};
+use crate::shared::{NAP, Shared, Vcpu, lock, vcpu_id};
 
 /// How often in a row KVM may say "not yet" before the thread rests.
 const PATIENCE: u32 = 16;
@@ -39,7 +40,7 @@ impl From<CrashCause> for Left {
 /// The body of a vCPU's thread. The next turn of its loop decides what follows from what happened
 /// in this one: an end is a changed goal, for this thread as for all others.
 pub(crate) fn run_thread(shared: &Shared, index: usize) {
-    let _entered = shared.enter(index);
+    let entered = shared.enter(index);
     let vcpu = &shared.vcpus[index];
     let mut can_run = true;
     while shared.wait_to_run(can_run) {
@@ -63,6 +64,11 @@ pub(crate) fn run_thread(shared: &Shared, index: usize) {
             }
             Left::Crash(cause, known) => shared.crash(index, &fd, cause, known),
         }
+    }
+    drop(entered);
+    // This thread may have ended the machine, with nobody waiting yet who would see to the others.
+    while !shared.send_owed() {
+        thread::sleep(NAP);
     }
 }
 
