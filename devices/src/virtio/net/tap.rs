@@ -13,6 +13,9 @@ use super::device::HEADER_BYTES;
 use super::{NetBackend, Offloads};
 use crate::virtio::iovec::{read_packet, write_packet};
 
+#[cfg(test)]
+mod tests;
+
 const TUN_PATH: &str = "/dev/net/tun";
 /// A tap, with no header of its own, and the header of virtio.
 const FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
