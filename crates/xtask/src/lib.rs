@@ -3,7 +3,8 @@
 //! - [`assets`]: Debian's kernels, an initrd for each, and a root disk, made once and kept;
 //! - [`initrd`]: extending an initrd with the script that a guest runs;
 //! - [`nested`]: a Linux with a real `/dev/kvm` on any host, that runs any of the host's programs;
-//! - [`host`]: what this machine's own KVM can do;
+//! - [`host`]: what this machine's own KVM can do, and [`place`]: running guests where they run;
+//! - [`boot`] and [`test`]: the two commands for users; [`cargo`]: what they build with;
 //! - [`packages`]: the Debian packages that all this takes, installed when missing;
 //! - [`process`], [`paths`], [`cpio`], [`bzimage`], [`modules`]: the small things below.
 //!
@@ -18,7 +19,9 @@
 #![forbid(unsafe_code)]
 
 pub mod assets;
+pub mod boot;
 pub mod bzimage;
+pub mod cargo;
 pub mod cpio;
 pub mod host;
 pub mod initrd;
@@ -26,5 +29,7 @@ pub mod modules;
 pub mod nested;
 pub mod packages;
 pub mod paths;
+pub mod place;
 pub mod process;
 mod root;
+pub mod test;

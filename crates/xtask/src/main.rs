@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use kiln_xtask::{assets, nested};
+use kiln_xtask::{assets, boot, nested, test};
 
 /// The developer commands of Kiln.
 #[derive(Debug, Parser)]
@@ -21,6 +21,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Action {
+    /// Boot a stock Debian kernel with a disk and a network.
+    ///
+    /// On a terminal it gives a shell in the guest; otherwise it checks that the guest has all it
+    /// should, and powers it off.
+    Boot(boot::BootArgs),
+    /// The part of `boot` that runs where guests can run.
+    #[command(hide = true)]
+    BootHere(boot::Prepared),
+    /// Run everything that CI runs: lints, unit tests, and tests with real Linux guests.
+    Test(test::TestArgs),
     /// Prepare kernels, initrds and a root disk for guests, and print their paths.
     Guest {
         /// Look for newer kernels.
@@ -60,6 +70,9 @@ struct NestedArgs {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Action::Boot(args) => boot::run(&args),
+        Action::BootHere(prepared) => boot::run_here(&prepared),
+        Action::Test(args) => test::run(&args).map(|()| 0),
         Action::Guest { update } => guest(update),
         Action::Nested(args) => run_nested(args),
     };
@@ -67,6 +80,7 @@ fn main() -> ExitCode {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("xtask: {error:#}");
+            // The nested command's own statuses leave this one free.
             ExitCode::from(nested::FAILED)
         }
     }
@@ -96,6 +110,7 @@ fn run_nested(args: NestedArgs) -> Result<u8> {
         limit: args.timeout.map(Duration::from_secs),
         output: args.output,
         log: args.log,
+        input: true,
     };
     nested::run(&options, &args.command)
 }

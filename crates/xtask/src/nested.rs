@@ -52,6 +52,8 @@ pub struct Options {
     pub icount: bool,
     /// How long the command may take; 10 minutes by default, without end on a terminal.
     pub limit: Option<Duration>,
+    /// Give the command our standard input.
+    pub input: bool,
     /// A folder of the host that the command may write to. Everything else that it writes is
     /// discarded.
     pub output: Option<PathBuf>,
@@ -66,6 +68,7 @@ impl Default for Options {
             memory: 3000,
             icount: false,
             limit: None,
+            input: true,
             output: None,
             log: None,
         }
@@ -76,8 +79,8 @@ impl Default for Options {
 /// exit status: 128 and the signal's number if a signal ended it, [`TIMED_OUT`] if it took too
 /// long.
 ///
-/// Its output, errors and exit status are passed through exactly, and so is our input. When input
-/// and output are terminals, it gets a terminal too.
+/// Its output, errors and exit status are passed through exactly, and so is our input if it is asked
+/// for. When input and output are terminals, it gets a terminal too.
 ///
 /// # Errors
 ///
@@ -86,17 +89,22 @@ pub fn run(options: &Options, command: &[OsString]) -> Result<u8> {
     ensure!(!command.is_empty(), "there is no command to run");
     ensure!(options.cpus > 0, "the nested machine needs a processor");
     packages::ensure(packages::NESTED)?;
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "the nested machine shares all of this machine's files, for which it must be started by root"
+    );
     let assets = assets::nested()?;
     sweep(&std::env::temp_dir());
     let folder = tempfile::Builder::new()
         .prefix(&format!("{FOLDER}{}-", std::process::id()))
         .tempdir()
         .context("make a temporary folder")?;
-    let is_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let is_terminal =
+        options.input && std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let settings = script::Settings {
         terminal: is_terminal,
-        // A terminal that gets no output line by line is no input either.
-        input: !is_terminal && !std::io::stdin().is_terminal(),
+        // A terminal whose output goes elsewhere is left to the user.
+        input: options.input && !std::io::stdin().is_terminal(),
         output: options.output.as_deref().map(absolute).transpose()?,
     };
     let initrd = folder.path().join("initrd");

@@ -1,6 +1,6 @@
 //! The root disk of test guests: busybox on ext4.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::initrd::{Busybox, GUEST_COMMANDS};
 use crate::process;
 
 /// The bytes of the disk, of which it takes a few mebibytes on the host until a guest writes.
-const SIZE: &str = "256M";
+const SIZE: u64 = 192 << 20;
 
 /// Files of the system: path, permission bits and contents.
 const FILES: [(&str, u32, &str); 7] = [
@@ -57,10 +57,23 @@ pub(crate) fn image(store: &Store) -> Result<PathBuf> {
 fn make(to: &Path, busybox: &Busybox) -> Result<()> {
     let tree = to.with_extension("tree");
     fill(&tree, busybox).with_context(|| format!("fill {}", tree.display()))?;
+    let file = File::create(to).with_context(|| format!("write {}", to.display()))?;
+    file.set_len(SIZE)
+        .with_context(|| format!("extend {}", to.display()))?;
     let mut command = process::tied("mkfs.ext4");
     // Root owns everything, whoever makes the image.
-    command.args(["-q", "-F", "-L", "kiln-root", "-E", "root_owner=0:0", "-d"]);
-    process::run(command.arg(&tree).arg(to).arg(SIZE))
+    command.args([
+        "-q",
+        "-F",
+        "-b",
+        "4096",
+        "-L",
+        "kiln-root",
+        "-E",
+        "root_owner=0:0",
+        "-d",
+    ]);
+    process::run(command.arg(&tree).arg(to))
 }
 
 fn fill(tree: &Path, busybox: &Busybox) -> Result<()> {

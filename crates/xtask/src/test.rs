@@ -1,0 +1,193 @@
+//! `cargo xtask test`: everything that CI runs, step by step.
+
+use std::ffi::OsString;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+
+use crate::{assets, cargo, nested, packages, place, process};
+
+/// How long the tests with real guests may take together.
+const LINUX_LIMIT: Duration = Duration::from_secs(40 * 60);
+/// The memory of the nested machine, in mebibytes: what guests touch, and the files that they and
+/// the tests write.
+const LINUX_MEMORY: u32 = 5000;
+
+/// What `cargo xtask test` is asked to do.
+#[derive(Clone, Debug, Args)]
+pub struct TestArgs {
+    /// Run only tests whose name contains this, and no lints.
+    filter: Option<String>,
+    /// Leave formatting, clippy and rustdoc out.
+    #[arg(long)]
+    skip_lint: bool,
+    /// Run only this step; can be given more than once.
+    #[arg(long, value_name = "STEP")]
+    only: Vec<Step>,
+}
+
+/// A step of the tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Step {
+    /// Formatting.
+    Format,
+    /// Clippy, without warnings.
+    Clippy,
+    /// The documentation builds without warnings.
+    Docs,
+    /// Unit, integration and doc tests on this machine, with its own /dev/kvm where there is one.
+    Host,
+    /// Integration tests with real Linux guests, in a nested machine where needed.
+    Linux,
+}
+
+impl Step {
+    const ALL: [Self; 5] = [
+        Self::Format,
+        Self::Clippy,
+        Self::Docs,
+        Self::Host,
+        Self::Linux,
+    ];
+
+    fn is_lint(self) -> bool {
+        matches!(self, Self::Format | Self::Clippy | Self::Docs)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Format => "format",
+            Self::Clippy => "clippy",
+            Self::Docs => "docs",
+            Self::Host => "host",
+            Self::Linux => "linux",
+        }
+    }
+
+    fn run(self, filter: Option<&str>) -> Result<()> {
+        match self {
+            Self::Format => succeed(&mut cargo::command(&["fmt", "--all", "--check"])),
+            Self::Clippy => succeed(&mut cargo::command(&[
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "-Dwarnings",
+            ])),
+            Self::Docs => {
+                let mut command = cargo::command(&["doc", "--quiet", "--workspace", "--no-deps"]);
+                succeed(command.env("RUSTDOCFLAGS", "-Dwarnings"))
+            }
+            Self::Host => {
+                let mut command = cargo::command(&["test", "--workspace", "--"]);
+                succeed(command.args(filter))
+            }
+            Self::Linux => linux(filter),
+        }
+    }
+}
+
+/// Runs the steps, and says which one failed.
+///
+/// # Errors
+///
+/// When a step fails; those after it are then not run.
+pub fn run(args: &TestArgs) -> Result<()> {
+    let begun = Instant::now();
+    for step in steps(args) {
+        eprintln!("xtask: step {}", step.name());
+        let begun = Instant::now();
+        let result = step.run(args.filter.as_deref());
+        let seconds = begun.elapsed().as_secs_f64();
+        result.with_context(|| format!("step {} failed after {seconds:.1} s", step.name()))?;
+        println!("xtask: step {}: ok, {seconds:.1} s", step.name());
+    }
+    println!(
+        "xtask: all steps passed in {:.1} s",
+        begun.elapsed().as_secs_f64()
+    );
+    Ok(())
+}
+
+fn steps(args: &TestArgs) -> Vec<Step> {
+    let is_wanted = |step: &Step| {
+        if args.only.is_empty() {
+            !(step.is_lint() && (args.skip_lint || args.filter.is_some()))
+        } else {
+            args.only.contains(step)
+        }
+    };
+    Step::ALL.into_iter().filter(is_wanted).collect()
+}
+
+/// Runs a command with its output on ours.
+fn succeed(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("start `{}`", process::show(command)))?;
+    ensure!(status.success(), "`{}`: {status}", process::show(command));
+    Ok(())
+}
+
+/// Runs all integration tests, those with real guests included.
+fn linux(filter: Option<&str>) -> Result<()> {
+    packages::ensure(packages::RUN)?;
+    assets::guest()?;
+    let kiln = cargo::build_kiln()?;
+    let tests = cargo::build_integration_tests()?;
+    // One nested machine for all of them. Tests with guests are marked as ignored, since plain
+    // `cargo test` cannot run them on every machine.
+    let script = r#"
+        kiln=$1; filter=$2; shift 2
+        status=0
+        for test; do
+            echo "Running $test"
+            KILN=$kiln "$test" --include-ignored ${filter:+"$filter"} || status=1
+        done
+        exit $status"#;
+    let mut command: Vec<OsString> = ["sh", "-c", script, "sh"].map(Into::into).into();
+    command.push(kiln.into());
+    command.push(filter.unwrap_or_default().into());
+    command.extend(tests.into_iter().map(OsString::from));
+    let options = nested::Options {
+        memory: LINUX_MEMORY,
+        limit: Some(LINUX_LIMIT),
+        input: false,
+        ..nested::Options::default()
+    };
+    let status = place::run("testing with Linux guests", &options, &command)?;
+    ensure!(status == 0, "the tests ended with exit status {status}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(filter: Option<&str>, skip_lint: bool, only: &[Step]) -> TestArgs {
+        TestArgs {
+            filter: filter.map(str::to_owned),
+            skip_lint,
+            only: only.to_vec(),
+        }
+    }
+
+    #[test]
+    fn lints_are_left_out_where_only_tests_are_wanted() {
+        assert_eq!(steps(&args(None, false, &[])), Step::ALL);
+        assert_eq!(steps(&args(None, true, &[])), [Step::Host, Step::Linux]);
+        assert_eq!(
+            steps(&args(Some("x"), false, &[])),
+            [Step::Host, Step::Linux]
+        );
+    }
+
+    #[test]
+    fn chosen_steps_run_in_the_usual_order() {
+        let chosen = args(Some("x"), true, &[Step::Linux, Step::Clippy]);
+        assert_eq!(steps(&chosen), [Step::Clippy, Step::Linux]);
+    }
+}
