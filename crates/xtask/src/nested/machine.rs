@@ -21,7 +21,7 @@ use crate::{packages, process};
 /// The command line of the machine's kernel. The first part is about ending at once; the second
 /// about watchdogs and clocks, which an emulation on a busy host upsets; the third about speed.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 oops=panic reboot=t \
-     tsc=reliable nowatchdog rcupdate.rcu_cpu_stall_suppress=1 no_timer_check \
+     tsc=reliable lpj=8000000 nowatchdog rcupdate.rcu_cpu_stall_suppress=1 no_timer_check \
      mitigations=off audit=0 random.trust_cpu=on";
 
 /// The ports of the console besides the terminal, in the order of their numbers from 1.
