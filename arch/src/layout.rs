@@ -33,8 +33,11 @@ pub const EBDA_START: u64 = 0x9_fc00;
 /// Where the ACPI tables begin, with the RSDP first. A guest finds it here by looking, too (ACPI
 /// 6.5 section 5.2.5.1).
 pub const ACPI_TABLES_START: u64 = 0xe_0000;
-/// The bytes that the ACPI tables may take.
-pub const ACPI_TABLES_SIZE: u64 = 0x2_0000;
+/// The bytes that the ACPI tables may take: up to the reset vector.
+pub const ACPI_TABLES_SIZE: u64 = RESET_VECTOR_START - ACPI_TABLES_START;
+/// Where a PC's firmware has its reset vector for those who jump there in real mode: the last 16
+/// bytes below 1 MiB.
+pub const RESET_VECTOR_START: u64 = 0xf_fff0;
 /// The lowest address that a kernel may be loaded at.
 pub const KERNEL_MIN_START: u64 = 0x10_0000;
 

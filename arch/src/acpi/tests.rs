@@ -229,7 +229,7 @@ fn the_largest_machine_fits() {
         ..config
     };
     let error = build(&config, ACPI_TABLES_START).unwrap_err();
-    assert!(error.to_string().ends_with("bytes, of 131072"), "{error}");
+    assert!(error.to_string().ends_with("bytes, of 131056"), "{error}");
 }
 
 #[test]

@@ -4,8 +4,7 @@ use kiln_memory::GuestMemory;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::{
-    ACPI_TABLES_SIZE, ACPI_TABLES_START, EBDA_START, KERNEL_MIN_START, KVM_IDENTITY_MAP_START,
-    KVM_TSS_START,
+    ACPI_TABLES_START, EBDA_START, KERNEL_MIN_START, KVM_IDENTITY_MAP_START, KVM_TSS_START,
 };
 
 /// The pages of KVM's task state segment.
@@ -58,7 +57,7 @@ pub fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
             end.min(VGA_START),
             MemoryKind::Reserved,
         );
-        let tables_end = end.min(ACPI_TABLES_START + ACPI_TABLES_SIZE);
+        let tables_end = end.min(KERNEL_MIN_START);
         add(
             start.max(ACPI_TABLES_START),
             tables_end,

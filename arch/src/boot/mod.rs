@@ -4,6 +4,7 @@ mod initrd;
 mod linux64;
 mod memory_map;
 mod pvh;
+mod reset_vector;
 
 use kiln_memory::GuestMemory;
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
@@ -14,7 +15,7 @@ pub use memory_map::{MemoryKind, MemoryMapEntry, memory_map};
 
 use crate::gdt::{self, Mode};
 use crate::kernel::{BootProtocol, Kernel};
-use crate::layout::{CMDLINE_START, GDT_START, PAGE_TABLES_START};
+use crate::layout::{CMDLINE_START, GDT_START, PAGE_TABLES_START, RESET_VECTOR_START};
 use crate::{Error, paging, regs};
 
 /// How the boot vCPU starts a kernel that [`prepare`] left in memory.
@@ -86,6 +87,12 @@ pub fn prepare(
     let mut line = cmdline.as_bytes().to_vec();
     line.push(0);
     write(memory, "the command line", CMDLINE_START, &line)?;
+    write(
+        memory,
+        "the reset vector",
+        RESET_VECTOR_START,
+        &reset_vector::code(),
+    )?;
     let parameters = Parameters {
         initrd: initrd.map(|(initrd, address)| (address, initrd.len())),
         cmdline_len: cmdline.len(),
