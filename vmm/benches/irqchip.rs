@@ -187,7 +187,10 @@ fn main() {
         }
     }
     println!("median of {RUNS} runs, microseconds");
-    println!("{:<38}{:>10}{:>10}{:>12}", "", "start", "teardown", "interrupt");
+    println!(
+        "{:<38}{:>10}{:>10}{:>12}",
+        "", "start", "teardown", "interrupt"
+    );
     for (model, samples) in models.iter().zip(&samples) {
         let micros = |f: fn(&Sample) -> Duration| {
             median(samples.iter().map(f).collect()).as_nanos() as f64 / 1000.0

@@ -1,1 +1,98 @@
-//! The virtual machine monitor.
+//! A virtual machine monitor to embed.
+//!
+//! [`VmBuilder`] describes a machine, and its `build` refuses what cannot work. [`Vm::start`]
+//! returns at once with a [`VmHandle`], which can be cloned and sent: it waits, pauses, resumes,
+//! presses the power button and stops. How the machine ended is a value, [`VmExit`]. Dropping a
+//! machine at any point of its life leaves no thread, no descriptor and no mapping behind, and any
+//! number of machines fit in one process.
+//!
+//! The library ends no process, touches no terminal and installs no logger; what it logs goes to
+//! the `tracing` facade. The one signal whose handler it sets is the [`KickSignal`].
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `builder` | [`VmBuilder`]: what a machine is made of |
+//! | `assemble` | from a builder to a machine: who is wired to whom |
+//! | `machine` | the machine around the vCPUs |
+//! | `vcpu` | vCPUs from their creation to the state they start in |
+//! | `handle`, `exit` | [`Vm`], [`VmHandle`], [`VmExit`] |
+//! | `disk`, `net` | [`Disk`], [`Net`] |
+//! | `host` | [`Host`]: what this host's KVM can do |
+//! | `kvm` | the VM fd |
+//! | `error` | [`BuildError`], [`HandleError`] |
+//!
+//! # Example
+//!
+//! A guest of a few bytes, which prints and powers off. It needs `/dev/kvm`, and no files.
+//!
+//! ```
+//! use kiln_vmm::{Console, ConsoleOutput, ConsoleInput, Host, Kernel, MemorySize, VmBuilder, VmExit};
+//! use std::sync::Arc;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # if !std::path::Path::new("/dev/kvm").exists() { return Ok(()); }
+//! // mov dx, 0x3f8; mov al, 'K'; out dx, al - then S5 to the ACPI sleep control register.
+//! let code = [
+//!     0x66, 0xba, 0xf8, 0x03, 0xb0, b'K', 0xee, 0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee,
+//! ];
+//! let (output, printed) = ConsoleOutput::capture(4096);
+//! let vm = VmBuilder::new()
+//!     .host(Arc::new(Host::open()?))
+//!     .memory(MemorySize::mib(16))
+//!     .kernel(Kernel::from_code(&code)?)
+//!     .serial(Console::new(ConsoleInput::null(), output))
+//!     .build()?;
+//! let handle = vm.start()?;
+//! assert_eq!(handle.wait()?, VmExit::Shutdown);
+//! assert_eq!(printed.text(), "K");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! With a stock kernel, a disk and a network:
+//!
+//! ```no_run
+//! use kiln_vmm::{Console, Disk, Kernel, MemorySize, Net, VmBuilder};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let vm = VmBuilder::new()
+//!     .vcpus(2)
+//!     .memory(MemorySize::mib(512))
+//!     .kernel(Kernel::open("vmlinuz")?)
+//!     .initrd("initrd.img")
+//!     .cmdline("console=ttyS0 root=/dev/vda rw")
+//!     .disk(Disk::open("root.ext4")?.id("root"))
+//!     .net(Net::tap("tap0")?)
+//!     .serial(Console::stdio()?)
+//!     .build()?;
+//! println!("{}", vm.start()?.wait()?);
+//! # Ok(())
+//! # }
+//! ```
+
+mod assemble;
+mod builder;
+mod disk;
+mod error;
+mod exit;
+mod handle;
+mod host;
+mod kvm;
+mod machine;
+mod net;
+mod vcpu;
+
+pub use builder::VmBuilder;
+pub use disk::Disk;
+pub use error::{BuildError, HandleError};
+pub use exit::VmExit;
+pub use handle::{Vm, VmHandle, VmState};
+pub use host::{Execution, Host, HostError};
+pub use kiln_arch::{BootProtocol, Kernel};
+pub use kiln_device_api::{BusDevice, BusDeviceMut, ExitRequest};
+pub use kiln_devices::legacy::serial::{Captured, Console, ConsoleInput, ConsoleOutput};
+pub use kiln_devices::virtio::block::BlockBackend;
+pub use kiln_devices::virtio::net::{MacAddress, NetBackend};
+pub use kiln_memory::{Backing, HugePages, MemoryOptions, MemorySize};
+pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};
+pub use net::Net;

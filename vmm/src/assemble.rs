@@ -1,0 +1,255 @@
+//! From a builder to a machine: who is wired to whom.
+
+use std::sync::{Arc, Mutex};
+
+use kiln_arch::acpi::{self, AcpiConfig, VirtioMmio};
+use kiln_arch::boot::{self, EntryPoint};
+use kiln_arch::cpuid::{self, MAX_VCPUS, Topology};
+use kiln_arch::{Initrd, Kernel, layout};
+use kiln_device_manager::DeviceManager;
+use kiln_devices::acpi::{PowerButton, PowerManagement, PvPanic};
+use kiln_devices::legacy::serial::{Console, Serial};
+use kiln_devices::legacy::{I8042, IoApic, Rtc};
+use kiln_io_thread::IoThread;
+use kiln_memory::{GuestMemory, MemorySize};
+use kiln_virtio_device::{MmioTransport, VirtioDevice};
+
+use crate::kvm::KvmVm;
+use crate::machine::{DeviceFailure, Machine};
+use crate::vcpu::Vcpus;
+use crate::{BuildError, Host, Vm, VmBuilder};
+
+/// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
+const MIN_MEMORY: MemorySize = MemorySize::mib(2);
+const PAGE_SIZE: u64 = 4096;
+
+/// Interrupts that PC software takes for something else than a virtio device.
+const LEGACY_GSIS: [(u32, &str); 4] = [
+    (0, "PC timer"),
+    (1, "PC keyboard"),
+    (2, "PC interrupt controller cascade"),
+    (8, "RTC"),
+];
+
+pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
+    // What needs no host is refused first.
+    let kernel = builder.kernel.ok_or(BuildError::NoKernel)?;
+    let initrd = builder.initrd.map(Initrd::open).transpose()?;
+    let host = match builder.host {
+        Some(host) => host,
+        None => Arc::new(Host::open()?),
+    };
+    let topology = topology(&host, builder.vcpus)?;
+    check_memory(&host, builder.memory)?;
+
+    let regions = layout::ram_regions(builder.memory.as_bytes());
+    let memory = Arc::new(kiln_memory::allocate(&regions, &builder.memory_options)?);
+    let vm = Arc::new(KvmVm::new(&host, Arc::clone(&memory))?);
+
+    let failure = Arc::new(DeviceFailure::default());
+    let reported = Arc::clone(&failure);
+    let io = IoThread::spawn("kiln-io", move |panic| reported.report(panic.to_string()))?;
+
+    let mut wiring = Wiring {
+        devices: DeviceManager::new(
+            layout::IOAPIC_PINS,
+            layout::VIRTIO_MMIO_START..layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE,
+        )?,
+        transports: Vec::new(),
+        acpi: AcpiConfig {
+            apic_ids: topology.apic_ids(),
+            serial: Some(acpi::SerialPort::COM1),
+            rtc: true,
+            pvpanic: true,
+            power_button: true,
+            ..AcpiConfig::default()
+        },
+        vm: &vm,
+        io: &io,
+    };
+    for (gsi, name) in LEGACY_GSIS {
+        wiring.devices.reserve_gsi(name, gsi)?;
+    }
+    let serial = wiring.add_serial(builder.console)?;
+    let power_button = wiring.add_platform()?;
+    for device in builder.pio_devices {
+        wiring
+            .devices
+            .add_pio(&device.name, device.base, device.size, device.device)?;
+    }
+    for device in builder.mmio_devices {
+        wiring
+            .devices
+            .add_mmio(&device.name, device.base, device.size, device.device)?;
+    }
+    for (index, disk) in builder.disks.into_iter().enumerate() {
+        wiring.add_virtio(&format!("disk {index}"), Box::new(disk.into_device()?))?;
+    }
+    for (index, net) in builder.nets.into_iter().enumerate() {
+        wiring.add_virtio(&format!("net {index}"), Box::new(net.into_device()?))?;
+    }
+    for (name, device) in builder.virtio_devices {
+        wiring.add_virtio(&name, device)?;
+    }
+    wiring.add_ioapic()?;
+
+    let entry = load(
+        &memory,
+        &kernel,
+        initrd.as_ref(),
+        &builder.cmdline,
+        &wiring.acpi,
+    )?;
+    let vcpus = Vcpus::create(&host, &vm, &topology, entry, builder.kick_signal)?;
+    let Wiring {
+        devices,
+        transports,
+        ..
+    } = wiring;
+    Ok(Vm {
+        machine: Machine {
+            buses: Arc::new(devices.build()),
+            transports,
+            power_button,
+            serial,
+            _io: io,
+            failure,
+            vm,
+        },
+        vcpus,
+    })
+}
+
+fn topology(host: &Host, asked: u32) -> Result<Topology, BuildError> {
+    let limit = host.max_vcpus().min(MAX_VCPUS);
+    if asked == 0 || asked > limit {
+        return Err(BuildError::VcpuCount { asked, limit });
+    }
+    Ok(Topology::new(asked)?)
+}
+
+fn check_memory(host: &Host, asked: MemorySize) -> Result<(), BuildError> {
+    let bits = u32::from(cpuid::physical_address_bits(host.supported_cpuid())).min(52);
+    let hole = layout::HIGH_RAM_START - layout::MMIO_HOLE_START;
+    let max = MemorySize::bytes((1u64 << bits).saturating_sub(hole));
+    let whole_pages = asked.as_bytes().is_multiple_of(PAGE_SIZE);
+    if !whole_pages || asked < MIN_MEMORY || asked > max {
+        return Err(BuildError::MemorySize {
+            asked,
+            min: MIN_MEMORY,
+            max,
+        });
+    }
+    Ok(())
+}
+
+/// Leaves guest memory ready for the first instruction.
+fn load(
+    memory: &GuestMemory,
+    kernel: &Kernel,
+    initrd: Option<&Initrd>,
+    cmdline: &str,
+    acpi: &AcpiConfig,
+) -> Result<EntryPoint, BuildError> {
+    let tables = acpi::build(acpi, layout::ACPI_TABLES_START)?;
+    tables.write(memory)?;
+    Ok(boot::prepare(
+        memory,
+        kernel,
+        initrd,
+        cmdline,
+        Some(tables.rsdp()),
+    )?)
+}
+
+/// A machine that is being wired: places devices on the buses and describes them to the guest.
+struct Wiring<'a> {
+    devices: DeviceManager,
+    transports: Vec<Arc<MmioTransport>>,
+    acpi: AcpiConfig,
+    vm: &'a Arc<KvmVm>,
+    io: &'a IoThread,
+}
+
+impl Wiring<'_> {
+    fn add_serial(&mut self, console: Console) -> Result<Arc<Serial>, BuildError> {
+        self.devices
+            .reserve_gsi("serial port", layout::SERIAL_GSI)?;
+        let line = self.vm.interrupt_line(layout::SERIAL_GSI)?;
+        let port = Arc::new(Serial::new(console, line, self.io.handle())?);
+        self.devices.add_pio(
+            "serial port",
+            layout::SERIAL_PORT,
+            layout::SERIAL_PORT_COUNT,
+            Arc::clone(&port) as _,
+        )?;
+        Ok(port)
+    }
+
+    /// The devices that every machine has.
+    fn add_platform(&mut self) -> Result<PowerButton, BuildError> {
+        self.devices.add_pio(
+            "i8042",
+            layout::I8042_PORT,
+            layout::I8042_PORT_COUNT,
+            Arc::new(Mutex::new(I8042::new())),
+        )?;
+        self.devices.add_pio(
+            "RTC",
+            layout::RTC_PORT,
+            layout::RTC_PORT_COUNT,
+            Arc::new(Mutex::new(Rtc::new())),
+        )?;
+        self.devices
+            .add_pio("pvpanic", layout::PVPANIC_PORT, 1, Arc::new(PvPanic))?;
+        self.devices
+            .reserve_gsi("generic event device", layout::GED_GSI)?;
+        let line = self.vm.interrupt_line(layout::GED_GSI)?;
+        let power = PowerManagement::new(line);
+        let button = power.button();
+        self.devices.add_pio(
+            "ACPI power management",
+            layout::ACPI_SLEEP_CONTROL_PORT,
+            layout::ACPI_PORT_COUNT,
+            Arc::new(power),
+        )?;
+        Ok(button)
+    }
+
+    fn add_virtio(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
+        let gsi = self.devices.allocate_gsi(name)?;
+        let size = layout::VIRTIO_MMIO_DEVICE_SIZE;
+        let address = self.devices.allocate_mmio(name, size, size)?;
+        let line = self.vm.interrupt_line(gsi)?;
+        let transport = Arc::new(MmioTransport::new(
+            device,
+            Arc::clone(self.vm.memory()),
+            self.io.handle().clone(),
+            line,
+        )?);
+        let notify = address + MmioTransport::NOTIFY_OFFSET;
+        for (queue, kick) in (0..).zip(transport.kicks()) {
+            self.vm.notify_on_write(&kick, notify, queue)?;
+        }
+        self.devices
+            .add_mmio(name, address, size, Arc::clone(&transport) as _)?;
+        self.acpi
+            .virtio_mmio
+            .push(VirtioMmio { address, size, gsi });
+        self.transports.push(transport);
+        Ok(())
+    }
+
+    /// Comes last: it needs to know which pins are in use.
+    fn add_ioapic(&mut self) -> Result<(), BuildError> {
+        let mut pins = vec![layout::SERIAL_GSI, layout::GED_GSI];
+        pins.extend(self.acpi.virtio_mmio.iter().map(|device| device.gsi));
+        let ioapic = Arc::new(IoApic::new(&pins, Arc::clone(self.vm) as _));
+        let sink = Arc::clone(&ioapic);
+        self.devices
+            .on_end_of_interrupt(move |vector| sink.end_of_interrupt(vector));
+        self.devices
+            .add_mmio("IOAPIC", layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,207 @@
+//! What a virtual machine is made of, and the checks that need no host.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kiln_arch::Kernel;
+use kiln_device_api::BusDevice;
+use kiln_devices::legacy::serial::Console;
+use kiln_memory::{MemoryOptions, MemorySize};
+use kiln_vcpu_manager::KickSignal;
+use kiln_virtio_device::VirtioDevice;
+
+use crate::{BuildError, Disk, Host, Net, Vm, assemble};
+
+/// A device of the embedder's own on a bus.
+pub(crate) struct BusDeviceAt<A> {
+    pub(crate) name: String,
+    pub(crate) base: A,
+    pub(crate) size: A,
+    pub(crate) device: Arc<dyn BusDevice>,
+}
+
+/// Describes a virtual machine; [`build`](Self::build) makes it.
+///
+/// What is not set: one vCPU, 512 MiB of anonymous memory, the command line `console=ttyS0`, a
+/// serial port that leads nowhere, no disks, no network.
+#[must_use = "a builder does nothing until `build`"]
+pub struct VmBuilder {
+    pub(crate) host: Option<Arc<Host>>,
+    pub(crate) vcpus: u32,
+    pub(crate) memory: MemorySize,
+    pub(crate) memory_options: MemoryOptions,
+    pub(crate) kernel: Option<Kernel>,
+    pub(crate) initrd: Option<PathBuf>,
+    pub(crate) cmdline: String,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) nets: Vec<Net>,
+    pub(crate) console: Console,
+    pub(crate) virtio_devices: Vec<(String, Box<dyn VirtioDevice>)>,
+    pub(crate) pio_devices: Vec<BusDeviceAt<u16>>,
+    pub(crate) mmio_devices: Vec<BusDeviceAt<u64>>,
+    pub(crate) kick_signal: KickSignal,
+}
+
+impl Default for VmBuilder {
+    fn default() -> Self {
+        Self {
+            host: None,
+            vcpus: 1,
+            memory: MemorySize::mib(512),
+            memory_options: MemoryOptions::default(),
+            kernel: None,
+            initrd: None,
+            cmdline: "console=ttyS0".to_owned(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            console: Console::null(),
+            virtio_devices: Vec::new(),
+            pio_devices: Vec::new(),
+            mmio_devices: Vec::new(),
+            kick_signal: KickSignal::default(),
+        }
+    }
+}
+
+impl VmBuilder {
+    /// A machine with nothing but the defaults; it still needs a [`kernel`](Self::kernel).
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The host's KVM, for those who build more than one machine and probe once. Without it
+    /// [`build`](Self::build) opens `/dev/kvm`.
+    pub fn host(mut self, host: Arc<Host>) -> Self {
+        self.host = Some(host);
+        self
+    }
+
+    /// The number of vCPUs.
+    pub fn vcpus(mut self, count: u32) -> Self {
+        self.vcpus = count;
+        self
+    }
+
+    /// The size of the guest's RAM.
+    pub fn memory(mut self, size: MemorySize) -> Self {
+        self.memory = size;
+        self
+    }
+
+    /// What is behind the guest's RAM: anonymous memory or a memfd, huge pages, prefaulting.
+    pub fn memory_options(mut self, options: MemoryOptions) -> Self {
+        self.memory_options = options;
+        self
+    }
+
+    /// The kernel to boot.
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        self.kernel = Some(kernel);
+        self
+    }
+
+    /// The initial RAM disk, read when the machine is built.
+    pub fn initrd(mut self, path: impl Into<PathBuf>) -> Self {
+        self.initrd = Some(path.into());
+        self
+    }
+
+    /// The kernel's command line, delivered exactly as it is here.
+    pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
+        self.cmdline = cmdline.into();
+        self
+    }
+
+    /// Adds a disk; the first one is `/dev/vda` in a Linux guest.
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Adds a network interface.
+    pub fn net(mut self, net: Net) -> Self {
+        self.nets.push(net);
+        self
+    }
+
+    /// Where the serial port (`ttyS0`) leads.
+    pub fn serial(mut self, console: Console) -> Self {
+        self.console = console;
+        self
+    }
+
+    /// Adds a virtio device of your own, named in messages.
+    pub fn virtio_device(
+        mut self,
+        name: impl Into<String>,
+        device: impl VirtioDevice + 'static,
+    ) -> Self {
+        self.virtio_devices.push((name.into(), Box::new(device)));
+        self
+    }
+
+    /// Adds a device of your own at `size` I/O ports from `base`, named in messages.
+    pub fn pio_device(
+        mut self,
+        name: impl Into<String>,
+        base: u16,
+        size: u16,
+        device: Arc<dyn BusDevice>,
+    ) -> Self {
+        self.pio_devices.push(BusDeviceAt {
+            name: name.into(),
+            base,
+            size,
+            device,
+        });
+        self
+    }
+
+    /// Adds a device of your own at `size` bytes of guest physical addresses from `base`, named in
+    /// messages. Addresses from 0xc0000000 to 4 GiB are never RAM, and those from 0xe0000000 to
+    /// 0xf0000000 are left to you.
+    pub fn mmio_device(
+        mut self,
+        name: impl Into<String>,
+        base: u64,
+        size: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Self {
+        self.mmio_devices.push(BusDeviceAt {
+            name: name.into(),
+            base,
+            size,
+            device,
+        });
+        self
+    }
+
+    /// The signal by which vCPU threads are brought out of the guest: the one signal whose handler
+    /// the library sets.
+    pub fn kick_signal(mut self, signal: KickSignal) -> Self {
+        self.kick_signal = signal;
+        self
+    }
+
+    /// Makes the machine: checks everything, opens what is to be opened, and loads the kernel.
+    ///
+    /// # Errors
+    ///
+    /// Everything that can be refused is refused here, and then nothing is left behind.
+    pub fn build(self) -> Result<Vm, BuildError> {
+        assemble::assemble(self)
+    }
+}
+
+impl fmt::Debug for VmBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmBuilder")
+            .field("vcpus", &self.vcpus)
+            .field("memory", &self.memory)
+            .field("cmdline", &self.cmdline)
+            .field("disks", &self.disks.len())
+            .field("nets", &self.nets.len())
+            .finish_non_exhaustive()
+    }
+}

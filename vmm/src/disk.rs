@@ -1,0 +1,65 @@
+//! A disk of the machine.
+
+use std::fmt;
+use std::path::Path;
+
+use kiln_devices::virtio::block::{Block, BlockBackend, BlockOptions, RawFile};
+
+use crate::BuildError;
+
+/// A disk: what is behind it, and the id that the guest sees.
+pub struct Disk {
+    backend: Box<dyn BlockBackend>,
+    options: BlockOptions,
+}
+
+impl Disk {
+    /// A raw image or a block device of the host, to be read and written. It is locked: no other
+    /// machine can have it at the same time.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::DiskImage`] where it cannot be opened, is in use, or cannot be a disk.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, BuildError> {
+        Ok(Self::new(RawFile::open(path, false)?))
+    }
+
+    /// A raw image or a block device of the host, to be read only. Any number of machines can have
+    /// it so at the same time.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open).
+    pub fn open_read_only(path: impl AsRef<Path>) -> Result<Self, BuildError> {
+        Ok(Self::new(RawFile::open(path, true)?))
+    }
+
+    /// A disk with a backend of your own.
+    pub fn new(backend: impl BlockBackend) -> Self {
+        Self {
+            backend: Box::new(backend),
+            options: BlockOptions::default(),
+        }
+    }
+
+    /// The id that the guest sees, which Linux shows as the disk's serial number: 1 to 20 printable
+    /// ASCII characters. By default it is made from what the image is.
+    pub fn id(mut self, id: impl Into<String>) -> Self {
+        self.options.id = Some(id.into());
+        self
+    }
+
+    pub(crate) fn into_device(self) -> Result<Block, BuildError> {
+        Ok(Block::new(self.backend, self.options)?)
+    }
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk")
+            .field("bytes", &self.backend.size())
+            .field("read_only", &self.backend.is_read_only())
+            .field("options", &self.options)
+            .finish()
+    }
+}

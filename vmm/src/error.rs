@@ -1,0 +1,96 @@
+//! Why a virtual machine could not be built, or a handle not do what was asked.
+
+use std::io;
+
+use kiln_memory::MemorySize;
+
+use crate::HostError;
+
+/// Why a virtual machine could not be built. What is left behind is nothing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The host cannot run guests.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// No kernel was given.
+    #[error("no kernel: give the builder one with `kernel`")]
+    NoKernel,
+    /// The number of vCPUs is zero, or more than this host or Kiln can give.
+    #[error("{asked} vCPUs: there can be 1 to {limit} here")]
+    VcpuCount {
+        /// The number asked for.
+        asked: u32,
+        /// The largest number possible.
+        limit: u32,
+    },
+    /// The size of the RAM is not one a machine can have.
+    #[error(
+        "{asked} ({} bytes) of memory: it must be a multiple of 4 KiB, from {min} to {max} here",
+        asked.as_bytes()
+    )]
+    MemorySize {
+        /// The size asked for.
+        asked: MemorySize,
+        /// The smallest size.
+        min: MemorySize,
+        /// The largest size that the guest's physical addresses reach.
+        max: MemorySize,
+    },
+    /// Guest RAM could not be allocated.
+    #[error(transparent)]
+    Memory(#[from] kiln_memory::Error),
+    /// The kernel, the initrd or the command line cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] kiln_arch::Error),
+    /// A disk image cannot be opened.
+    #[error(transparent)]
+    DiskImage(#[from] kiln_devices::virtio::block::RawFileError),
+    /// A disk cannot be as it was described.
+    #[error(transparent)]
+    Disk(#[from] kiln_devices::virtio::block::BlockError),
+    /// A tap interface cannot be used.
+    #[error(transparent)]
+    Tap(#[from] kiln_devices::virtio::net::TapError),
+    /// A network interface cannot be as it was described.
+    #[error(transparent)]
+    Net(#[from] kiln_devices::virtio::net::NetError),
+    /// A device has no place.
+    #[error(transparent)]
+    Device(#[from] kiln_device_manager::Error),
+    /// A virtio device cannot be put behind its transport.
+    #[error(transparent)]
+    Transport(#[from] kiln_virtio_device::TransportError),
+    /// The I/O thread could not be started.
+    #[error(transparent)]
+    IoThread(#[from] kiln_io_thread::Error),
+    /// The serial port could not be set up.
+    #[error(transparent)]
+    Serial(#[from] kiln_devices::legacy::serial::SerialError),
+    /// KVM refused a request.
+    #[error("{request}")]
+    Kvm {
+        /// The ioctl, or the system call.
+        request: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// KVM refused the value of a model-specific register, although it lists it.
+    #[error("KVM refuses model-specific register {index:#x}")]
+    Msr {
+        /// The register's number.
+        index: u32,
+    },
+}
+
+/// Why a handle could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandleError {
+    /// The vCPUs could not.
+    #[error(transparent)]
+    Vcpu(#[from] kiln_vcpu_manager::Error),
+    /// It would wait for the thread that it was called on.
+    #[error("a device waits for the machine on one of its vCPU threads, which would be for ever")]
+    OnVcpuThread,
+}

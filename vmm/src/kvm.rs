@@ -1,0 +1,169 @@
+//! The VM fd: memory slots, the interrupt controller and its routes, ioeventfds and irqfds.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kiln_arch::layout;
+use kiln_devices::legacy::{MsiRoute, MsiRouter};
+use kiln_memory::GuestMemory;
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::{BuildError, Host};
+
+/// A KVM virtual machine and the memory it maps, which has to outlive it.
+pub(crate) struct KvmVm {
+    // Declared before `memory`: dropped before it.
+    fd: VmFd,
+    memory: Arc<GuestMemory>,
+    /// Whether an interrupt has been routed yet.
+    routed: AtomicBool,
+    /// Whether a failure of KVM was logged: a guest must not be able to repeat it.
+    complained: AtomicBool,
+}
+
+impl KvmVm {
+    /// Creates the virtual machine with its RAM and a split irqchip.
+    ///
+    /// The order matters: a memory slot that is set after the irqchip waits milliseconds for a
+    /// grace period of the kernel.
+    pub(crate) fn new(host: &Host, memory: Arc<GuestMemory>) -> Result<Self, BuildError> {
+        let fd = host.create_vm()?;
+        let vm = Self {
+            fd,
+            memory,
+            routed: AtomicBool::new(false),
+            complained: AtomicBool::new(false),
+        };
+        vm.set_memory_slots()?;
+        vm.fd
+            .set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
+            .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        vm.fd
+            .set_tss_address(layout::KVM_TSS_START as usize)
+            .map_err(failed("KVM_SET_TSS_ADDR"))?;
+        let mut split = kvm_enable_cap {
+            cap: KVM_CAP_SPLIT_IRQCHIP,
+            ..Default::default()
+        };
+        split.args[0] = u64::from(layout::IOAPIC_PINS);
+        vm.fd
+            .enable_cap(&split)
+            .map_err(failed("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))?;
+        Ok(vm)
+    }
+
+    fn set_memory_slots(&self) -> Result<(), BuildError> {
+        for (slot, region) in (0..).zip(self.memory.iter()) {
+            let start = region.start_addr();
+            let userspace_addr =
+                self.memory
+                    .get_host_address(start)
+                    .map_err(|e| BuildError::Kvm {
+                        request: "the host's address of guest RAM",
+                        source: io::Error::other(e),
+                    })?;
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: start.0,
+                memory_size: region.len(),
+                userspace_addr: userspace_addr as u64,
+            };
+            // SAFETY: the region's mapping is that of `self.memory`, which is dropped after the VM
+            // fd. The guest is the only one to be told of these pages as memory; all accesses of
+            // ours go through vm-memory's volatile accessors.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+
+    /// The VM fd.
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    /// The guest's RAM.
+    pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    pub(crate) fn create_vcpu(&self, index: u32) -> Result<VcpuFd, BuildError> {
+        self.fd
+            .create_vcpu(u64::from(index))
+            .map_err(failed("KVM_CREATE_VCPU"))
+    }
+
+    /// An eventfd that KVM turns into the interrupt of a pin of the IOAPIC.
+    pub(crate) fn interrupt_line(&self, gsi: u32) -> Result<Arc<EventFd>, BuildError> {
+        let line = event_fd()?;
+        self.fd
+            .register_irqfd(&line, gsi)
+            .map_err(failed("KVM_IRQFD"))?;
+        Ok(Arc::new(line))
+    }
+
+    /// Has KVM write to `kick` when the guest writes the 32-bit `value` to `address`.
+    pub(crate) fn notify_on_write(
+        &self,
+        kick: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), BuildError> {
+        self.fd
+            .register_ioevent(kick, &IoEventAddress::Mmio(address), value)
+            .map_err(failed("KVM_IOEVENTFD"))
+    }
+}
+
+impl MsiRouter for KvmVm {
+    fn set_routes(&self, routes: &[MsiRoute]) {
+        // What KVM has at the start is no route at all; to say so again takes milliseconds.
+        if routes.is_empty() && !self.routed.load(Ordering::Relaxed) {
+            return;
+        }
+        self.routed.store(true, Ordering::Relaxed);
+        let entries: Vec<_> = routes.iter().map(msi_entry).collect();
+        let result = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
+            .and_then(|routing| self.fd.set_gsi_routing(&routing));
+        if let Err(error) = result
+            && !self.complained.swap(true, Ordering::Relaxed)
+        {
+            tracing::error!("KVM_SET_GSI_ROUTING: {error}");
+        }
+    }
+}
+
+fn msi_entry(route: &MsiRoute) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi: route.gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        ..Default::default()
+    };
+    entry.u.msi.address_lo = route.message.address as u32;
+    entry.u.msi.address_hi = (route.message.address >> 32) as u32;
+    entry.u.msi.data = route.message.data;
+    entry
+}
+
+pub(crate) fn event_fd() -> Result<EventFd, BuildError> {
+    EventFd::new(EFD_NONBLOCK).map_err(|source| BuildError::Kvm {
+        request: "eventfd",
+        source,
+    })
+}
+
+pub(crate) fn failed(request: &'static str) -> impl Fn(kvm_ioctls::Error) -> BuildError {
+    move |error| BuildError::Kvm {
+        request,
+        source: error.into(),
+    }
+}

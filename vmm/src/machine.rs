@@ -1,0 +1,113 @@
+//! The machine around the vCPUs: its buses, its devices, and the thread they work on.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use kiln_device_manager::Buses;
+use kiln_devices::acpi::PowerButton;
+use kiln_devices::legacy::serial::Serial;
+use kiln_io_thread::IoThread;
+use kiln_memory::GuestMemory;
+use kiln_virtio_device::MmioTransport;
+
+use crate::kvm::KvmVm;
+
+/// How long the end of a machine waits for a console that does not take the serial port's last
+/// output.
+const SERIAL_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The machine around the vCPUs.
+///
+/// The order of the fields is the order of their end: devices before the thread they work on, and
+/// all of them before the virtual machine and its memory.
+pub(crate) struct Machine {
+    pub(crate) buses: Arc<Buses>,
+    pub(crate) transports: Vec<Arc<MmioTransport>>,
+    pub(crate) power_button: PowerButton,
+    pub(crate) serial: Arc<Serial>,
+    /// Held for its end: dropping it joins the thread.
+    pub(crate) _io: IoThread,
+    pub(crate) failure: Arc<DeviceFailure>,
+    pub(crate) vm: Arc<KvmVm>,
+}
+
+impl Machine {
+    pub(crate) fn buses(&self) -> Arc<Buses> {
+        Arc::clone(&self.buses)
+    }
+
+    pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
+        self.vm.memory()
+    }
+
+    pub(crate) fn failure(&self) -> Arc<DeviceFailure> {
+        Arc::clone(&self.failure)
+    }
+
+    pub(crate) fn press_power_button(&self) {
+        self.power_button.press();
+    }
+
+    /// No device works on a queue when this returns.
+    pub(crate) fn pause_devices(&self) {
+        for transport in &self.transports {
+            transport.pause();
+        }
+    }
+
+    pub(crate) fn resume_devices(&self) {
+        for transport in &self.transports {
+            transport.resume();
+        }
+    }
+
+    /// After the guest's end: takes the devices off their queues and writes out what the serial
+    /// port still holds.
+    pub(crate) fn stop_devices(&mut self) {
+        for transport in &self.transports {
+            transport.reset();
+        }
+        if !self.serial.close(SERIAL_PATIENCE) {
+            tracing::warn!("the console did not take all of the serial port's output");
+        }
+    }
+}
+
+/// Why a device failed on the I/O thread, and what to do about it.
+#[derive(Default)]
+pub(crate) struct DeviceFailure {
+    message: OnceLock<String>,
+    stop: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl DeviceFailure {
+    /// Says that a device failed. The first one counts.
+    pub(crate) fn report(&self, message: String) {
+        if self.message.set(message).is_ok() {
+            self.call();
+        }
+    }
+
+    /// Has `stop` called once a device has failed.
+    pub(crate) fn on_failure(&self, stop: impl FnOnce() + Send + 'static) {
+        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(stop));
+        if self.message.get().is_some() {
+            self.call();
+        }
+    }
+
+    pub(crate) fn message(&self) -> Option<&String> {
+        self.message.get()
+    }
+
+    fn call(&self) {
+        let stop = self
+            .stop
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(stop) = stop {
+            stop();
+        }
+    }
+}

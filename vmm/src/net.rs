@@ -1,0 +1,50 @@
+//! A network interface of the machine.
+
+use std::fmt;
+
+use kiln_devices::virtio::net::{MacAddress, Net as NetDevice, NetBackend, NetOptions, Tap};
+
+use crate::BuildError;
+
+/// A network interface: what is behind it, and its address.
+pub struct Net {
+    backend: Box<dyn NetBackend>,
+    options: NetOptions,
+}
+
+impl Net {
+    /// An interface on a tap interface of the host that exists (`ip tuntap add NAME mode tap`).
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Tap`] where there is none of that name, it is in use, or may not be used.
+    pub fn tap(name: &str) -> Result<Self, BuildError> {
+        Ok(Self::new(Tap::open(name)?))
+    }
+
+    /// An interface with a backend of your own.
+    pub fn new(backend: impl NetBackend) -> Self {
+        Self {
+            backend: Box::new(backend),
+            options: NetOptions::default(),
+        }
+    }
+
+    /// The interface's address in the guest; a random one by default.
+    pub fn mac(mut self, address: MacAddress) -> Self {
+        self.options.mac = Some(address);
+        self
+    }
+
+    pub(crate) fn into_device(self) -> Result<NetDevice, BuildError> {
+        Ok(NetDevice::new(self.backend, self.options)?)
+    }
+}
+
+impl fmt::Debug for Net {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Net")
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}

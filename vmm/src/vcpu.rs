@@ -1,0 +1,93 @@
+//! vCPUs, from their creation to the state they start in.
+
+use std::sync::Arc;
+
+use kiln_arch::cpuid::{self, Topology};
+use kiln_arch::{boot::EntryPoint, lapic, msr, regs};
+use kiln_device_api::VcpuBus;
+use kiln_vcpu_manager::{KickSignal, VcpuManager, VcpuOptions};
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::kvm::{KvmVm, failed};
+use crate::machine::Machine;
+use crate::{BuildError, HandleError, Host};
+
+/// The vCPUs of a machine that has not started.
+pub(crate) struct Vcpus {
+    fds: Vec<VcpuFd>,
+    kick_signal: KickSignal,
+}
+
+impl Vcpus {
+    /// Creates the vCPUs. The first one starts at `entry`; the others wait for the guest to start
+    /// them.
+    pub(crate) fn create(
+        host: &Host,
+        vm: &KvmVm,
+        topology: &Topology,
+        entry: EntryPoint,
+        kick_signal: KickSignal,
+    ) -> Result<Self, BuildError> {
+        let mut fds = Vec::new();
+        let msrs = msr::boot_msrs(host.msrs());
+        for (index, apic_id) in (0..).zip(topology.apic_ids()) {
+            let fd = vm.create_vcpu(apic_id)?;
+            let cpuid = cpuid::for_vcpu(host.supported_cpuid(), topology, index)?;
+            fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+            set_msrs(&fd, &msrs)?;
+            let mut apic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+            lapic::set_local_pins(&mut apic);
+            fd.set_lapic(&apic).map_err(failed("KVM_SET_LAPIC"))?;
+            if index == 0 {
+                set_entry(&fd, entry)?;
+            }
+            fds.push(fd);
+        }
+        Ok(Self { fds, kick_signal })
+    }
+
+    pub(crate) fn fds(&self) -> &[VcpuFd] {
+        &self.fds
+    }
+
+    /// Starts the vCPUs on threads of their own.
+    pub(crate) fn start(self, machine: &Machine) -> Result<VcpuManager, HandleError> {
+        let memory = Arc::clone(machine.memory());
+        let options = VcpuOptions {
+            kick_signal: self.kick_signal,
+            read_memory: Some(Arc::new(move |address, data| {
+                memory.read_slice(data, GuestAddress(address)).is_ok()
+            })),
+            ..VcpuOptions::default()
+        };
+        let bus: Arc<dyn VcpuBus> = machine.buses();
+        Ok(VcpuManager::start(
+            self.fds,
+            bus,
+            options,
+            Box::new(|end| tracing::info!("the machine ends: {end}")),
+        )?)
+    }
+}
+
+fn set_msrs(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), BuildError> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| BuildError::Msr { index: 0 })?;
+    let done = fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+    // KVM stops at the first one that it refuses.
+    match entries.get(done) {
+        None => Ok(()),
+        Some(refused) => Err(BuildError::Msr {
+            index: refused.index,
+        }),
+    }
+}
+
+fn set_entry(fd: &VcpuFd, entry: EntryPoint) -> Result<(), BuildError> {
+    let mut sregs = fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    entry.set_sregs(&mut sregs);
+    fd.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
+    fd.set_regs(&entry.regs()).map_err(failed("KVM_SET_REGS"))?;
+    fd.set_fpu(&regs::fpu()).map_err(failed("KVM_SET_FPU"))
+}
