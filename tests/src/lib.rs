@@ -1,1 +1,16 @@
-//! Integration tests.
+//! Integration tests of Kiln, and what they share.
+//!
+//! | where | what lives there |
+//! |---|---|
+//! | [`guests`] | bare-metal guests of a few bytes, which run on any `/dev/kvm` |
+//! | [`elf`] | ELF images around them |
+//! | [`program`] | the `kiln` program as a process |
+//! | [`linux`] | Debian's kernels as its guests |
+//! | `tests/tiny_guests.rs` | the library with guests of a few bytes |
+//! | `tests/command_line.rs` | the `kiln` program with guests of a few bytes, and with bad input |
+//! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
+
+pub mod elf;
+pub mod guests;
+pub mod linux;
+pub mod program;

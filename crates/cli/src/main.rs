@@ -1,2 +1,85 @@
-//! Placeholder of this step.
-fn main() {}
+//! `kiln`: boot Linux in a KVM virtual machine.
+//!
+//! This is a thin shell over [`kiln_vmm`]: it turns arguments into a [`kiln_vmm::VmBuilder`], lends
+//! the terminal to the guest, turns signals into presses of the power button, and the end of the
+//! machine into an exit code.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `args` | the command line and the texts of its options |
+//! | `run` | `kiln run` |
+//! | `check` | `kiln check` |
+//! | `terminal` | raw mode and the escape sequence |
+
+mod args;
+mod check;
+mod run;
+mod terminal;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use args::{Cli, Command};
+
+/// The virtual machine could not be built or run, or this host cannot run guests.
+const FAILED: u8 = 1;
+/// The command line is wrong.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    log_to_stderr();
+    let result = match cli.command {
+        Command::Run(args) => run::run(*args),
+        Command::Check => check::check(),
+    };
+    result.unwrap_or_else(|error| {
+        // One line: what was attempted, and why it failed.
+        eprintln!("kiln: {error:#}");
+        ExitCode::from(FAILED)
+    })
+}
+
+/// Help goes to the standard output; an error is one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    let mut lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"))
+        .filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or("wrong arguments");
+    let mut message = first.trim_start_matches("error: ").to_owned();
+    for line in lines {
+        message.push_str(if line.starts_with("tip:") { "; " } else { " " });
+        message.push_str(line);
+    }
+    eprintln!("kiln: {message} (see `kiln run --help`)");
+    ExitCode::from(USAGE)
+}
+
+fn log_to_stderr() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::builder()
+        .with_default_directive(tracing::Level::WARN.into())
+        .with_env_var("KILN_LOG")
+        .from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+}

@@ -1,0 +1,267 @@
+//! The command line: its words, and what each option's text means.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kiln_vmm::{MacAddress, MemorySize};
+
+/// Boot Linux in a KVM virtual machine.
+#[derive(Debug, Parser)]
+#[command(name = "kiln", version, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a virtual machine until it ends
+    Run(Box<Run>),
+    /// Say whether this host can run guests, and if not, why
+    ///
+    /// Exits with 0 if a stock Linux kernel will run here, with 1 if not.
+    Check,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES, after_long_help = after_long_help())]
+pub(crate) struct Run {
+    /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: PathBuf,
+
+    /// The initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// The kernel's command line, passed on exactly as given
+    #[arg(
+        long,
+        value_name = "STRING",
+        default_value = "console=ttyS0",
+        allow_hyphen_values = true
+    )]
+    pub(crate) cmdline: String,
+
+    /// How the kernel is entered
+    #[arg(long, value_enum, value_name = "PROTOCOL", default_value = "auto")]
+    pub(crate) boot_protocol: Protocol,
+
+    /// The number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) cpus: u32,
+
+    /// The guest's RAM: a number with K, M, G or T; MiB without
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub(crate) memory: MemorySize,
+
+    /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: a raw image file or a block
+    /// device. A comma in the path is written twice
+    #[arg(long, value_name = "PATH[,readonly][,id=ID]")]
+    pub(crate) disk: Vec<DiskArg>,
+
+    /// A network interface (virtio-net) on an existing tap interface of the host
+    #[arg(long, value_name = "tap=NAME[,mac=MAC]")]
+    pub(crate) net: Vec<NetArg>,
+
+    /// Where the guest's serial port (ttyS0) leads
+    #[arg(long, value_name = "stdio|null|file=PATH", default_value = "stdio")]
+    pub(crate) serial: SerialArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Protocol {
+    /// What the kernel offers, the 64-bit Linux boot protocol first
+    Auto,
+    /// The 64-bit Linux boot protocol
+    Linux64,
+    /// PVH: 32-bit protected mode, for ELF files with a PVH note
+    Pvh,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DiskArg {
+    pub(crate) path: PathBuf,
+    pub(crate) readonly: bool,
+    pub(crate) id: Option<String>,
+}
+
+impl std::str::FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, options) = split_path(text);
+        if path.is_empty() {
+            return Err("the path of the disk is empty".to_owned());
+        }
+        let mut disk = Self {
+            path: path.into(),
+            readonly: false,
+            id: None,
+        };
+        for option in options {
+            match option.split_once('=') {
+                None if option == "readonly" => disk.readonly = true,
+                Some(("id", id)) => disk.id = Some(id.to_owned()),
+                _ => {
+                    return Err(format!(
+                        "unknown disk option `{option}`: there are `readonly` and `id=ID`"
+                    ));
+                }
+            }
+        }
+        Ok(disk)
+    }
+}
+
+/// Splits at single commas; two commas in the first piece stand for one.
+fn split_path(text: &str) -> (String, Vec<&str>) {
+    let mut path = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(',') {
+        path.push_str(before);
+        match after.strip_prefix(',') {
+            Some(after) => {
+                path.push(',');
+                rest = after;
+            }
+            None => return (path, after.split(',').collect()),
+        }
+    }
+    path.push_str(rest);
+    (path, Vec::new())
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NetArg {
+    pub(crate) tap: String,
+    pub(crate) mac: Option<MacAddress>,
+}
+
+impl std::str::FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut tap = None;
+        let mut mac = None;
+        for option in text.split(',') {
+            match option.split_once('=') {
+                Some(("tap", name)) => tap = Some(name.to_owned()),
+                Some(("mac", address)) => {
+                    mac = Some(address.parse().map_err(|e| format!("`{address}`: {e}"))?);
+                }
+                _ => {
+                    return Err(format!(
+                        "unknown network option `{option}`: there are `tap=NAME` and `mac=MAC`"
+                    ));
+                }
+            }
+        }
+        let tap = tap.ok_or("the tap interface is missing: say `tap=NAME`")?;
+        Ok(Self { tap, mac })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum SerialArg {
+    Stdio,
+    Null,
+    File(PathBuf),
+}
+
+impl std::str::FromStr for SerialArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.split_once('=')) {
+            ("stdio", _) => Ok(Self::Stdio),
+            ("null", _) => Ok(Self::Null),
+            (_, Some(("file", path))) if !path.is_empty() => Ok(Self::File(path.into())),
+            _ => Err("there are `stdio`, `null` and `file=PATH`".to_owned()),
+        }
+    }
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  the guest powered off
+  1  the virtual machine could not be built or run; one line says why
+  2  the command line is wrong
+  3  the guest asked for a reset (reboot)
+  4  the guest's kernel panicked (said through pvpanic)
+  5  a triple fault
+  6  the guest crashed: KVM could not go on, or a device failed
+  7  stopped from outside: a second signal, or the escape sequence";
+
+fn after_long_help() -> String {
+    format!(
+        "{EXIT_CODES}
+
+Signals: the first SIGTERM, SIGINT or SIGHUP presses the guest's power button, the second stops the
+machine at once.
+
+On a terminal the serial port is interactive: Ctrl-A x stops the machine, Ctrl-A p presses the power
+button, Ctrl-A Ctrl-A sends a Ctrl-A.
+
+KILN_LOG sets what is logged to the standard error output, such as `info` or `kiln_vmm=debug`.
+
+Example:
+  kiln run --kernel vmlinuz --initrd initrd.img --disk root.ext4 --net tap=tap0 \\
+    --cpus 2 --memory 1G --cmdline \"console=ttyS0 root=/dev/vda rw\""
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_disk_has_a_path_and_options() {
+        let disk: DiskArg = "a.img,readonly,id=root".parse().unwrap();
+        assert_eq!(disk.path, PathBuf::from("a.img"));
+        assert!(disk.readonly);
+        assert_eq!(disk.id.as_deref(), Some("root"));
+    }
+
+    #[test]
+    fn a_doubled_comma_belongs_to_the_path() {
+        let disk: DiskArg = "a,,b,,readonly".parse().unwrap();
+        assert_eq!(disk.path, PathBuf::from("a,b,readonly"));
+        assert!(!disk.readonly);
+        let disk: DiskArg = "a,,b,readonly".parse().unwrap();
+        assert_eq!(disk.path, PathBuf::from("a,b"));
+        assert!(disk.readonly);
+    }
+
+    #[test]
+    fn an_unknown_option_of_a_disk_is_named() {
+        let error = "a.img,ro".parse::<DiskArg>().unwrap_err();
+        assert!(error.contains("`ro`") && error.contains("readonly"));
+        assert!("".parse::<DiskArg>().is_err());
+    }
+
+    #[test]
+    fn a_network_interface_needs_its_tap() {
+        let net: NetArg = "tap=tap0,mac=06:00:00:00:00:01".parse().unwrap();
+        assert_eq!(net.tap, "tap0");
+        assert!(net.mac.is_some());
+        assert!("mac=06:00:00:00:00:01".parse::<NetArg>().is_err());
+        assert!("tap=tap0,mac=06:00".parse::<NetArg>().is_err());
+        assert!("tap0".parse::<NetArg>().is_err());
+    }
+
+    #[test]
+    fn a_serial_port_leads_to_one_of_three() {
+        assert_eq!("stdio".parse(), Ok(SerialArg::Stdio));
+        assert_eq!("null".parse(), Ok(SerialArg::Null));
+        assert_eq!("file=x".parse(), Ok(SerialArg::File("x".into())));
+        assert!("file=".parse::<SerialArg>().is_err());
+        assert!("pty".parse::<SerialArg>().is_err());
+    }
+}

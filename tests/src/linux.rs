@@ -1,0 +1,130 @@
+//! Debian's kernels as guests of the `kiln` program.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use kiln_xtask::assets::{self, Guest, Kernel};
+use kiln_xtask::initrd;
+
+use crate::program::{self, Outcome, Program};
+
+/// How long a guest may take, from its start to its end. The emulated processors of a nested
+/// machine are slow.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// The kernels and the root disk that guests are made of.
+pub fn guest_assets() -> &'static Guest {
+    static ASSETS: OnceLock<Guest> = OnceLock::new();
+    #[allow(clippy::panic)]
+    ASSETS.get_or_init(|| match assets::guest() {
+        Ok(guest) => guest,
+        Err(error) => panic!("prepare the guests: {error:#}"),
+    })
+}
+
+/// A guest with a kernel of Debian's, in a folder of its own.
+pub struct Linux {
+    /// Where its initrd is, and where a test can put its own files.
+    pub folder: tempfile::TempDir,
+    /// The kernel.
+    pub kernel: &'static Kernel,
+    image: PathBuf,
+    cmdline: String,
+    args: Vec<OsString>,
+}
+
+impl Linux {
+    /// A guest with the kernel of a series, such as `6.12`, from its bzImage.
+    pub fn new(series: &str) -> Self {
+        #[allow(clippy::panic)]
+        let kernel = match guest_assets().kernel(series) {
+            Ok(kernel) => kernel,
+            Err(error) => panic!("{error:#}"),
+        };
+        #[allow(clippy::panic)]
+        let folder = match tempfile::tempdir() {
+            Ok(folder) => folder,
+            Err(error) => panic!("make a temporary folder: {error}"),
+        };
+        Self {
+            folder,
+            kernel,
+            image: kernel.bzimage.clone(),
+            cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
+            args: Vec::new(),
+        }
+    }
+
+    /// Takes the ELF kernel instead of the bzImage, entered by `protocol`.
+    pub fn vmlinux(mut self, protocol: &str) -> Self {
+        self.image = self.kernel.vmlinux.clone();
+        self.arg("--boot-protocol").arg(protocol)
+    }
+
+    /// Adds words to the kernel's command line.
+    pub fn cmdline(mut self, words: &str) -> Self {
+        self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// The kernel's whole command line.
+    pub fn whole_cmdline(&self) -> &str {
+        &self.cmdline
+    }
+
+    /// Adds an argument of `kiln run`.
+    pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// Adds a disk, with its options in `options`.
+    pub fn disk(self, path: &Path, options: &str) -> Self {
+        let mut text = path.as_os_str().to_owned();
+        text.push(options);
+        self.arg("--disk").arg(text)
+    }
+
+    /// A copy of the root disk, for this guest alone.
+    pub fn root_disk(&self) -> std::io::Result<PathBuf> {
+        let path = self.folder.path().join("root.ext4");
+        std::fs::copy(&guest_assets().root, &path)?;
+        Ok(path)
+    }
+
+    /// Starts the guest, which runs `script` and powers off.
+    pub fn start(&self, script: &str) -> std::io::Result<Program> {
+        let initrd = self.folder.path().join("initrd");
+        initrd::with_script(&self.kernel.initrd, &initrd, script).map_err(std::io::Error::other)?;
+        let mut args: Vec<OsString> = vec!["run".into(), "--kernel".into()];
+        args.push(self.image.clone().into());
+        args.push("--initrd".into());
+        args.push(initrd.into());
+        args.push("--cmdline".into());
+        args.push(self.cmdline.clone().into());
+        args.extend(self.args.iter().cloned());
+        Program::start(program::kiln(), &args)
+    }
+
+    /// Runs the guest to its end.
+    pub fn run(&self, script: &str) -> std::io::Result<Outcome> {
+        self.start(script)?.wait(PATIENCE)
+    }
+}
+
+impl Outcome {
+    /// The lines of the output, without what a serial console adds to their ends.
+    pub fn lines(&self) -> Vec<&str> {
+        self.output.lines().map(str::trim_end).collect()
+    }
+
+    /// What stands behind `name=` on a line of its own.
+    pub fn value(&self, name: &str) -> Option<&str> {
+        let prefix = format!("{name}=");
+        self.lines()
+            .into_iter()
+            .find_map(|line| line.strip_prefix(prefix.as_str()))
+    }
+}

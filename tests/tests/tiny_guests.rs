@@ -1,0 +1,366 @@
+//! The library with bare-metal guests of a few bytes: needs `/dev/kvm`, and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use kiln_tests::guests;
+use kiln_vmm::{
+    BusDevice, BusDeviceMut, Console, ConsoleInput, ConsoleOutput, CrashCause, Execution,
+    ExitRequest, Host, Kernel, MemorySize, VmBuilder, VmExit, VmHandle, VmState,
+};
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// Skips the test where there is no KVM.
+macro_rules! host {
+    () => {
+        match Host::open() {
+            Ok(host) => Arc::new(host),
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                return;
+            }
+        }
+    };
+}
+
+/// Collects what a guest prints.
+#[derive(Clone, Default)]
+struct Output(Arc<Mutex<Vec<u8>>>);
+
+impl Output {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+
+    fn wait_for(&self, text: &str) {
+        for _ in 0..6000 {
+            if self.text().contains(text) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("no `{text}` in `{}`", self.text());
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(data);
+        Ok(data.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn builder(host: &Arc<Host>, code: &[u8]) -> VmBuilder {
+    VmBuilder::new()
+        .host(Arc::clone(host))
+        .memory(MemorySize::mib(16))
+        .kernel(Kernel::from_code(code).unwrap())
+}
+
+fn start(host: &Arc<Host>, code: &[u8]) -> VmHandle {
+    builder(host, code).build().unwrap().start().unwrap()
+}
+
+fn end(handle: &VmHandle) -> VmExit {
+    handle
+        .wait_timeout(LONG)
+        .unwrap()
+        .expect("the guest goes on")
+}
+
+#[test]
+fn each_end_of_a_guest_is_told_apart() {
+    let host = host!();
+    assert_eq!(end(&start(&host, guests::power_off())), VmExit::Shutdown);
+    assert_eq!(end(&start(&host, guests::acpi_reset())), VmExit::Reset);
+    assert_eq!(end(&start(&host, guests::i8042_reset())), VmExit::Reset);
+    assert_eq!(end(&start(&host, guests::panic())), VmExit::GuestPanic);
+    match end(&start(&host, guests::triple_fault())) {
+        VmExit::Crash(crash) => assert_eq!(crash.cause, CrashCause::TripleFault),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn an_instruction_that_kvm_cannot_emulate_is_named() {
+    let host = host!();
+    let exit = end(&start(&host, guests::not_emulated()));
+    if host.execution().unwrap() == Execution::Hardware {
+        assert_eq!(exit, VmExit::Shutdown);
+        return;
+    }
+    match exit {
+        VmExit::Crash(crash) => {
+            assert_eq!(crash.cause, CrashCause::EmulationFailure);
+            assert_eq!(crash.rip, Some(0x10_0000));
+            let instruction = crash.instruction.as_slice();
+            assert_eq!(instruction[..4], guests::not_emulated()[..4]);
+        }
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn what_a_guest_prints_is_there_when_it_has_ended() {
+    let host = host!();
+    let output = Output::default();
+    let serial = Console::writer(output.clone());
+    let vm = builder(&host, guests::hello())
+        .serial(serial)
+        .build()
+        .unwrap();
+    assert_eq!(end(&vm.start().unwrap()), VmExit::Shutdown);
+    assert_eq!(output.text(), "hello\n");
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest() {
+    let host = host!();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let output = Output::default();
+    let serial = Console::new(
+        ConsoleInput::fd(OwnedFd::from(reader)),
+        ConsoleOutput::writer(output.clone()),
+    );
+    let vm = builder(&host, guests::echo())
+        .serial(serial)
+        .build()
+        .unwrap();
+    let handle = vm.start().unwrap();
+    let line = "a line that is longer than the 64 bytes of the port's receive buffer, by far\n";
+    writer.write_all(line.as_bytes()).unwrap();
+    assert_eq!(end(&handle), VmExit::Shutdown);
+    assert_eq!(output.text(), line);
+}
+
+#[test]
+fn any_guest_can_be_stopped() {
+    let host = host!();
+    for code in [guests::busy(), guests::halted(), guests::exit_storm()] {
+        let handle = start(&host, code);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(handle.try_wait().unwrap(), None);
+        assert_eq!(handle.state(), VmState::Running);
+        handle.stop();
+        assert_eq!(end(&handle), VmExit::Stopped);
+        assert_eq!(handle.state(), VmState::Ended);
+    }
+}
+
+#[test]
+fn a_paused_guest_makes_no_exits_until_it_is_resumed() {
+    let host = host!();
+    let handle = start(&host, guests::exit_storm());
+    for _ in 0..10 {
+        handle.pause().unwrap();
+        assert_eq!(handle.state(), VmState::Paused);
+        let before = handle.exit_counts()[0].pio_out;
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(handle.exit_counts()[0].pio_out, before);
+        handle.resume().unwrap();
+        while handle.exit_counts()[0].pio_out == before {
+            std::thread::yield_now();
+        }
+    }
+    handle.stop();
+    assert!(handle.pause().is_err());
+    assert!(handle.resume().is_err());
+}
+
+#[test]
+fn the_power_button_reaches_the_guest_as_an_interrupt() {
+    let host = host!();
+    let output = Output::default();
+    let serial = Console::writer(output.clone());
+    let vm = builder(&host, guests::wait_for_power_button())
+        .serial(serial)
+        .build()
+        .unwrap();
+    let handle = vm.start().unwrap();
+    output.wait_for("w");
+    std::thread::sleep(Duration::from_millis(20));
+    handle.power_button();
+    assert_eq!(end(&handle), VmExit::Shutdown);
+    assert_eq!(output.text(), "w1");
+}
+
+#[test]
+fn the_second_vcpu_waits_until_the_guest_starts_it() {
+    let host = host!();
+    let output = Output::default();
+    let serial = Console::writer(output.clone());
+    let vm = builder(&host, guests::start_second_vcpu())
+        .vcpus(2)
+        .serial(serial)
+        .build()
+        .unwrap();
+    let handle = vm.start().unwrap();
+    assert_eq!(end(&handle), VmExit::Shutdown);
+    assert_eq!(output.text(), "1");
+    assert_eq!(handle.exit_counts().len(), 2);
+}
+
+#[derive(Default)]
+struct Recorder {
+    written: Vec<(u64, Vec<u8>)>,
+    answer: u8,
+}
+
+impl BusDeviceMut for Recorder {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(self.answer);
+    }
+    fn write(&mut self, offset: u64, data: &[u8]) -> ControlFlow<ExitRequest> {
+        self.written.push((offset, data.to_vec()));
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn a_device_of_ones_own_answers_on_ports_and_in_memory() {
+    let host = host!();
+    let device = Arc::new(Mutex::new(Recorder {
+        answer: 0x11,
+        ..Recorder::default()
+    }));
+    let vm = builder(&host, guests::write_port())
+        .pio_device(
+            "recorder",
+            0xb0,
+            2,
+            Arc::clone(&device) as Arc<dyn BusDevice>,
+        )
+        .build()
+        .unwrap();
+    assert_eq!(end(&vm.start().unwrap()), VmExit::Shutdown);
+    assert_eq!(device.lock().unwrap().written, [(0, vec![0xef, 0xbe])]);
+
+    let vm = builder(&host, guests::mmio_increment())
+        .mmio_device(
+            "recorder",
+            0xe000_0000,
+            16,
+            Arc::clone(&device) as Arc<dyn BusDevice>,
+        )
+        .build()
+        .unwrap();
+    assert_eq!(end(&vm.start().unwrap()), VmExit::Shutdown);
+    let written = &device.lock().unwrap().written;
+    assert_eq!(written[1], (0, vec![0x12, 0x11, 0x11, 0x11]));
+}
+
+struct Panics;
+
+impl BusDevice for Panics {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+    fn write(&self, _offset: u64, _data: &[u8]) -> ControlFlow<ExitRequest> {
+        panic!("a fault of this device");
+    }
+}
+
+#[test]
+fn a_device_that_panics_ends_its_machine_and_no_other() {
+    let host = host!();
+    let other = start(&host, guests::busy());
+    let vm = builder(&host, guests::write_port())
+        .pio_device("panics", 0xb0, 2, Arc::new(Panics))
+        .build()
+        .unwrap();
+    match end(&vm.start().unwrap()) {
+        VmExit::Crash(crash) => assert_eq!(
+            crash.cause,
+            CrashCause::DevicePanic("a fault of this device".to_owned())
+        ),
+        exit => panic!("{exit}"),
+    }
+    assert_eq!(other.state(), VmState::Running);
+}
+
+fn threads_and_fds() -> (usize, usize) {
+    let count = |folder| std::fs::read_dir(folder).unwrap().count();
+    (count("/proc/self/task"), count("/proc/self/fd"))
+}
+
+#[test]
+fn a_machine_dropped_at_any_point_of_its_life_leaves_nothing() {
+    // In a process of its own, since other tests have threads and files too.
+    if std::env::var_os("KILN_TEST_ALONE").is_none() {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "a_machine_dropped_at_any_point_of_its_life_leaves_nothing",
+            ])
+            .env("KILN_TEST_ALONE", "1")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let host = host!();
+    // Once, so that what is made once a process is there.
+    start(&host, guests::power_off()).wait().unwrap();
+    let before = threads_and_fds();
+    for _ in 0..20 {
+        drop(builder(&host, guests::busy()).build().unwrap());
+        drop(start(&host, guests::busy()));
+        let paused = start(&host, guests::exit_storm());
+        paused.pause().unwrap();
+        drop(paused);
+        let ended = start(&host, guests::power_off());
+        ended.wait().unwrap();
+        drop(ended);
+        assert!(
+            builder(&host, guests::busy())
+                .memory(MemorySize::bytes(5))
+                .build()
+                .is_err()
+        );
+        assert!(
+            builder(&host, guests::busy())
+                .initrd("/nonexistent")
+                .build()
+                .is_err()
+        );
+    }
+    assert_eq!(threads_and_fds(), before);
+}
+
+#[test]
+fn what_cannot_be_built_is_refused_in_one_line() {
+    let host = host!();
+    let refused = |builder: VmBuilder| {
+        let error = builder.build().unwrap_err();
+        let text = error.to_string();
+        assert!(!text.contains('\n'), "{text}");
+        text
+    };
+    let code = guests::power_off();
+    let text = refused(VmBuilder::new());
+    assert!(text.contains("kernel"), "{text}");
+    let text = refused(builder(&host, code).vcpus(0));
+    assert!(text.starts_with("0 vCPUs: there can be 1 to "), "{text}");
+    let text = refused(builder(&host, code).vcpus(100_000));
+    assert!(text.starts_with("100000 vCPUs"), "{text}");
+    for bytes in [0, 4096, (16 << 20) + 1, u64::MAX, 1 << 56] {
+        let text = refused(builder(&host, code).memory(MemorySize::bytes(bytes)));
+        assert!(text.contains("memory"), "{text}");
+    }
+    let text = refused(builder(&host, code).initrd("/nonexistent/initrd"));
+    assert!(text.contains("/nonexistent/initrd"), "{text}");
+    let text = refused(builder(&host, code).cmdline("x".repeat(100_000)));
+    assert!(text.contains("command line"), "{text}");
+    let clash = builder(&host, code).pio_device("mine", 0x3f9, 1, Arc::new(Panics));
+    let text = refused(clash);
+    assert!(
+        text.contains("mine") && text.contains("serial port"),
+        "{text}"
+    );
+}
