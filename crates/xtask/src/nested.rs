@@ -37,7 +37,7 @@ pub const FAILED: u8 = 125;
 /// How often the machine is started when it shows no sign of life.
 const ATTEMPTS: u32 = 3;
 /// How long the machine may take until it runs the command. It takes five seconds on an idle host.
-const START_LIMIT: Duration = Duration::from_secs(120);
+const START_LIMIT: Duration = Duration::from_secs(90);
 /// How long a command may take that is not used interactively.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(600);
 
