@@ -40,6 +40,14 @@ pub enum BuildError {
     /// Guest RAM could not be allocated.
     #[error(transparent)]
     Memory(#[from] kiln_memory::Error),
+    /// KVM does not take the guest's RAM.
+    #[error("give the guest {size} of memory: more than KVM can map on this host; choose less")]
+    MemorySlot {
+        /// The size of the part of the RAM that KVM refused.
+        size: MemorySize,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The kernel, the initrd or the command line cannot be booted.
     #[error(transparent)]
     Boot(#[from] kiln_arch::Error),

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kiln_arch::layout;
 use kiln_devices::legacy::{MsiRoute, MsiRouter};
-use kiln_memory::GuestMemory;
+use kiln_memory::{GuestMemory, MemorySize};
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
     kvm_irq_routing_entry, kvm_userspace_memory_region,
@@ -80,7 +80,10 @@ impl KvmVm {
             // fd. The guest is the only one to be told of these pages as memory; all accesses of
             // ours go through vm-memory's volatile accessors.
             unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+                .map_err(|error| BuildError::MemorySlot {
+                    size: MemorySize::bytes(region.memory_size),
+                    source: error.into(),
+                })?;
         }
         Ok(())
     }

@@ -71,7 +71,7 @@ pub(crate) struct Run {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Protocol {
-    /// What the kernel offers, the 64-bit Linux boot protocol first
+    /// PVH for an ELF file with a PVH note, the 64-bit Linux boot protocol for all others
     Auto,
     /// The 64-bit Linux boot protocol
     Linux64,
