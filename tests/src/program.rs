@@ -17,6 +17,18 @@ pub fn kiln() -> PathBuf {
     }
 }
 
+/// Whether there is a KVM to test with; says so where there is none.
+pub fn have_kvm() -> bool {
+    let device = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    if device.is_err() {
+        eprintln!("skipped: no usable /dev/kvm");
+    }
+    device.is_ok()
+}
+
 /// How a run of the program ended.
 #[derive(Debug)]
 pub struct Outcome {

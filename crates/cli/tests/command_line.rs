@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_tests::program::{Outcome, Program};
+use kiln_tests::program::{Outcome, Program, have_kvm};
 use kiln_tests::{elf, guests};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -16,18 +16,6 @@ fn start(args: &[&str]) -> Program {
 
 fn kiln(args: &[&str]) -> Outcome {
     start(args).wait(LONG).unwrap()
-}
-
-fn have_kvm() -> bool {
-    let have = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok();
-    if !have {
-        eprintln!("skipped: no usable /dev/kvm");
-    }
-    have
 }
 
 /// A folder with files to give to the program.

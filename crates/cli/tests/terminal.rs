@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use kiln_tests::program::have_kvm;
 use kiln_tests::{elf, guests};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, tcgetattr};
@@ -128,18 +129,6 @@ impl Terminal {
         assert_eq!(after.control_modes, self.before.control_modes);
         self.text()
     }
-}
-
-fn have_kvm() -> bool {
-    let have = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok();
-    if !have {
-        eprintln!("skipped: no usable /dev/kvm");
-    }
-    have
 }
 
 #[test]

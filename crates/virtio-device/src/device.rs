@@ -69,6 +69,21 @@ pub trait VirtioDevice: Send {
     fn deactivate(&mut self) -> Vec<ActiveQueue>;
 }
 
+/// Answers [`VirtioDevice::read_config`] from a configuration that is kept as bytes.
+///
+/// ```
+/// let mut data = [0; 4];
+/// kiln_virtio_device::read_config_bytes(&[1, 2, 3], 1, &mut data);
+/// assert_eq!(data, [2, 3, 0, 0]);
+/// ```
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+    let known = config.get(offset..).unwrap_or_default();
+    for (to, from) in data.iter_mut().zip(known) {
+        *to = *from;
+    }
+}
+
 /// What a device is given when it becomes active.
 pub struct Activation {
     /// The guest's RAM.

@@ -94,7 +94,7 @@ pub mod testing;
 mod worker;
 
 pub use buffers::{ChainError, GuestBuffers, ShortBuffer};
-pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config_bytes};
 pub use error::TransportError;
 pub use interrupt::{InterruptEvent, VirtioInterrupt};
 pub use mmio::MmioTransport;

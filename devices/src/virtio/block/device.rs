@@ -3,7 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kiln_virtio_device::{ActivateError, Activation, ActiveQueue, VirtioDevice, Worker};
+use kiln_virtio_device::{
+    ActivateError, Activation, ActiveQueue, VirtioDevice, Worker, read_config_bytes,
+};
 use virtio_bindings::virtio_blk as raw;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
@@ -143,11 +145,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let known = self.config.get(offset..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(known) {
-            *to = *from;
-        }
+        read_config_bytes(&self.config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU64;
 use kiln_io_thread::{EventSet, IoEvent, Registrar};
 use kiln_virtio_device::{
     ActivateError, Activation, ActiveQueue, QueueError, QueueHandler, Turn, VirtioDevice, Worker,
+    read_config_bytes,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net as raw;
@@ -208,11 +209,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let known = self.config.get(offset..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(known) {
-            *to = *from;
-        }
+        read_config_bytes(&self.config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
