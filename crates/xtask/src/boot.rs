@@ -197,7 +197,7 @@ fn interactive_script() -> String {
         String::new()
     };
     format!(
-        "{SHOW}export TERM='{term}'\n{size}echo 'Here is a shell. Its end, or poweroff, ends the guest.'\ncttyhack sh -l\n"
+        "{SHOW}export TERM='{term}'\n{size}echo 'Here is a shell. Its end, or poweroff, ends the guest.'\nsetsid cttyhack sh -l\n"
     )
 }
 

@@ -44,7 +44,8 @@ const DEFAULT_LIMIT: Duration = Duration::from_secs(600);
 /// What the nested machine is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Processors.
+    /// Processors. One by default: with several, QEMU's emulation does not always see the code that
+    /// the kernel and its guests rewrite while they run, and now and then one of them dies.
     pub cpus: u32,
     /// Memory in mebibytes.
     pub memory: u32,
@@ -64,7 +65,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            cpus: 2,
+            cpus: 1,
             memory: 3000,
             icount: false,
             limit: None,
