@@ -284,6 +284,39 @@ fn a_device_that_panics_ends_its_machine_and_no_other() {
     assert_eq!(other.state(), VmState::Running);
 }
 
+struct DropsItsMachine(Mutex<Option<VmHandle>>);
+
+impl BusDevice for DropsItsMachine {
+    fn read(&self, _offset: u64, _data: &mut [u8]) {}
+    fn write(&self, _offset: u64, _data: &[u8]) -> ControlFlow<ExitRequest> {
+        let handle = self.0.lock().unwrap().take();
+        if let Some(handle) = &handle {
+            assert!(handle.wait().is_err());
+        }
+        drop(handle);
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn a_device_can_drop_the_last_handle_of_its_machine() {
+    let host = host!();
+    let device = Arc::new(DropsItsMachine(Mutex::new(None)));
+    let vm = builder(&host, guests::exit_storm())
+        .pio_device("drops", 0xf0, 1, Arc::clone(&device) as Arc<dyn BusDevice>)
+        .build()
+        .unwrap();
+    // Held until the handle is in its place, so that the guest's first write already finds it.
+    let mut place = device.0.lock().unwrap();
+    *place = Some(vm.start().unwrap());
+    drop(place);
+    let gone = (0..6000).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        Arc::strong_count(&device) == 1
+    });
+    assert!(gone, "the machine still holds its device");
+}
+
 fn threads_and_fds() -> (usize, usize) {
     let count = |folder| std::fs::read_dir(folder).unwrap().count();
     (count("/proc/self/task"), count("/proc/self/fd"))

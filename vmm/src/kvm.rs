@@ -79,11 +79,12 @@ impl KvmVm {
             // SAFETY: the region's mapping is that of `self.memory`, which is dropped after the VM
             // fd. The guest is the only one to be told of these pages as memory; all accesses of
             // ours go through vm-memory's volatile accessors.
-            unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(|error| BuildError::MemorySlot {
+            unsafe { self.fd.set_user_memory_region(region) }.map_err(|error| {
+                BuildError::MemorySlot {
                     size: MemorySize::bytes(region.memory_size),
                     source: error.into(),
-                })?;
+                }
+            })?;
         }
         Ok(())
     }

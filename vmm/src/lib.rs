@@ -20,6 +20,7 @@
 //! | `host` | [`Host`]: what this host's KVM can do |
 //! | `kvm` | the VM fd |
 //! | `error` | [`BuildError`], [`HandleError`] |
+//! | [`virtio`] | what a virtio device of your own is made of |
 //!
 //! # Example
 //!
@@ -92,7 +93,16 @@ pub use kiln_arch::{BootProtocol, Kernel};
 pub use kiln_device_api::{BusDevice, BusDeviceMut, ExitRequest};
 pub use kiln_devices::legacy::serial::{Captured, Console, ConsoleInput, ConsoleOutput};
 pub use kiln_devices::virtio::block::BlockBackend;
-pub use kiln_devices::virtio::net::{MacAddress, NetBackend};
-pub use kiln_memory::{Backing, HugePages, MemoryOptions, MemorySize};
+pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
+pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};
 pub use net::Net;
+
+/// What a virtio device of your own is made of, for [`VmBuilder::virtio_device`].
+pub mod virtio {
+    pub use kiln_io_thread::{EventSet, IoEvent, Registrar};
+    pub use kiln_virtio_device::{
+        ActivateError, Activation, ActiveQueue, Chain, GuestBuffers, InterruptEvent, QueueError,
+        QueueHandler, Turn, VirtioDevice, VirtioInterrupt, Worker,
+    };
+}

@@ -148,7 +148,10 @@ impl Drop for IoThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         let _ = self.handle.endpoint.kick();
-        if let Some(join) = self.join.take() {
+        // A handler that drops its own thread cannot wait for it: the loop ends after its turn.
+        if let Some(join) = self.join.take()
+            && join.thread().id() != std::thread::current().id()
+        {
             let _ = join.join();
         }
     }
