@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use kiln_arch::acpi::{self, AcpiConfig, VirtioMmio};
 use kiln_arch::boot::{self, EntryPoint};
-use kiln_arch::cpuid::{self, MAX_VCPUS, Topology};
+use kiln_arch::cpuid::{self, Topology};
 use kiln_arch::{Initrd, Kernel, layout};
 use kiln_device_manager::DeviceManager;
 use kiln_devices::acpi::{PowerButton, PowerManagement, PvPanic};
@@ -22,6 +22,9 @@ use crate::{BuildError, Host, Vm, VmBuilder};
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
 const MIN_MEMORY: MemorySize = MemorySize::mib(2);
 const PAGE_SIZE: u64 = 4096;
+/// The most vCPUs. Those with APIC ids above 254 need interrupts with extended destinations, which
+/// the IOAPIC and KVM can give and which is not tested yet.
+const VCPU_LIMIT: u32 = 254;
 
 /// Interrupts that PC software takes for something else than a virtio device.
 const LEGACY_GSIS: [(u32, &str); 4] = [
@@ -33,10 +36,10 @@ const LEGACY_GSIS: [(u32, &str); 4] = [
 
 pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     // What needs no host is refused first.
-    let kernel = builder.kernel.ok_or(BuildError::NoKernel)?;
-    let initrd = builder.initrd.map(Initrd::open).transpose()?;
-    let host = match builder.host {
-        Some(host) => host,
+    let kernel = builder.kernel.clone().ok_or(BuildError::NoKernel)?;
+    let initrd = builder.initrd.as_ref().map(Initrd::open).transpose()?;
+    let host = match &builder.host {
+        Some(host) => Arc::clone(host),
         None => Arc::new(Host::open()?),
     };
     let topology = topology(&host, builder.vcpus)?;
@@ -45,67 +48,16 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let regions = layout::ram_regions(builder.memory.as_bytes());
     let memory = Arc::new(kiln_memory::allocate(&regions, &builder.memory_options)?);
     let vm = Arc::new(KvmVm::new(&host, Arc::clone(&memory))?);
-
     let failure = Arc::new(DeviceFailure::default());
     let reported = Arc::clone(&failure);
     let io = IoThread::spawn("kiln-io", move |panic| reported.report(panic.to_string()))?;
 
-    let mut wiring = Wiring {
-        devices: DeviceManager::new(
-            layout::IOAPIC_PINS,
-            layout::VIRTIO_MMIO_START..layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE,
-        )?,
-        transports: Vec::new(),
-        acpi: AcpiConfig {
-            apic_ids: topology.apic_ids(),
-            serial: Some(acpi::SerialPort::COM1),
-            rtc: true,
-            pvpanic: true,
-            power_button: true,
-            ..AcpiConfig::default()
-        },
-        vm: &vm,
-        io: &io,
-    };
-    for (gsi, name) in LEGACY_GSIS {
-        wiring.devices.reserve_gsi(name, gsi)?;
-    }
-    let serial = wiring.add_serial(builder.console)?;
-    let power_button = wiring.add_platform()?;
-    for device in builder.pio_devices {
-        wiring
-            .devices
-            .add_pio(&device.name, device.base, device.size, device.device)?;
-    }
-    for device in builder.mmio_devices {
-        wiring
-            .devices
-            .add_mmio(&device.name, device.base, device.size, device.device)?;
-    }
-    for (index, disk) in builder.disks.into_iter().enumerate() {
-        wiring.add_virtio(&format!("disk {index}"), Box::new(disk.into_device()?))?;
-    }
-    for (index, net) in builder.nets.into_iter().enumerate() {
-        wiring.add_virtio(&format!("net {index}"), Box::new(net.into_device()?))?;
-    }
-    for (name, device) in builder.virtio_devices {
-        wiring.add_virtio(&name, device)?;
-    }
-    wiring.add_ioapic()?;
-
-    let entry = load(
-        &memory,
-        &kernel,
-        initrd.as_ref(),
-        &builder.cmdline,
-        &wiring.acpi,
-    )?;
-    let vcpus = Vcpus::create(&host, &vm, &topology, entry, builder.kick_signal)?;
-    let Wiring {
-        devices,
-        transports,
-        ..
-    } = wiring;
+    let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
+    let mut wiring = Wiring::new(&vm, &io, &topology)?;
+    let (serial, power_button) = wiring.add_devices(builder)?;
+    let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
+    let vcpus = Vcpus::create(&host, &vm, &topology, entry, kick_signal)?;
+    let (devices, transports) = (wiring.devices, wiring.transports);
     Ok(Vm {
         machine: Machine {
             buses: Arc::new(devices.build()),
@@ -121,7 +73,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
 }
 
 fn topology(host: &Host, asked: u32) -> Result<Topology, BuildError> {
-    let limit = host.max_vcpus().min(MAX_VCPUS);
+    let limit = host.max_vcpus().min(VCPU_LIMIT);
     if asked == 0 || asked > limit {
         return Err(BuildError::VcpuCount { asked, limit });
     }
@@ -171,7 +123,58 @@ struct Wiring<'a> {
     io: &'a IoThread,
 }
 
-impl Wiring<'_> {
+impl<'a> Wiring<'a> {
+    fn new(vm: &'a Arc<KvmVm>, io: &'a IoThread, topology: &Topology) -> Result<Self, BuildError> {
+        Ok(Self {
+            devices: DeviceManager::new(
+                layout::IOAPIC_PINS,
+                layout::VIRTIO_MMIO_START..layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE,
+            )?,
+            transports: Vec::new(),
+            acpi: AcpiConfig {
+                apic_ids: topology.apic_ids(),
+                serial: Some(acpi::SerialPort::COM1),
+                rtc: true,
+                pvpanic: true,
+                power_button: true,
+                ..AcpiConfig::default()
+            },
+            vm,
+            io,
+        })
+    }
+
+    /// The devices of the platform, and those that the builder was given.
+    fn add_devices(
+        &mut self,
+        builder: VmBuilder,
+    ) -> Result<(Arc<Serial>, PowerButton), BuildError> {
+        for (gsi, name) in LEGACY_GSIS {
+            self.devices.reserve_gsi(name, gsi)?;
+        }
+        let serial = self.add_serial(builder.console)?;
+        let power_button = self.add_platform()?;
+        for at in builder.pio_devices {
+            self.devices
+                .add_pio(&at.name, at.base, at.size, at.device)?;
+        }
+        for at in builder.mmio_devices {
+            self.devices
+                .add_mmio(&at.name, at.base, at.size, at.device)?;
+        }
+        for (index, disk) in builder.disks.into_iter().enumerate() {
+            self.add_virtio(&format!("disk {index}"), Box::new(disk.into_device()?))?;
+        }
+        for (index, net) in builder.nets.into_iter().enumerate() {
+            self.add_virtio(&format!("net {index}"), Box::new(net.into_device()?))?;
+        }
+        for (name, device) in builder.virtio_devices {
+            self.add_virtio(&name, device)?;
+        }
+        self.add_ioapic()?;
+        Ok((serial, power_button))
+    }
+
     fn add_serial(&mut self, console: Console) -> Result<Arc<Serial>, BuildError> {
         self.devices
             .reserve_gsi("serial port", layout::SERIAL_GSI)?;

@@ -75,6 +75,14 @@ pub enum BuildError {
     /// The serial port could not be set up.
     #[error(transparent)]
     Serial(#[from] kiln_devices::legacy::serial::SerialError),
+    /// What the serial port is to lead to cannot be opened.
+    #[error("open {object} for the serial port")]
+    Console {
+        /// What was opened.
+        object: String,
+        /// What the system said.
+        source: io::Error,
+    },
     /// KVM refused a request.
     #[error("{request}")]
     Kvm {

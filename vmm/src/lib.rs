@@ -12,6 +12,7 @@
 //! | module | what lives there |
 //! |---|---|
 //! | `builder` | [`VmBuilder`]: what a machine is made of |
+//! | [`config`] | [`VmConfig`]: a machine as a value, a TOML or a JSON file |
 //! | `assemble` | from a builder to a machine: who is wired to whom |
 //! | `machine` | the machine around the vCPUs |
 //! | `vcpu` | vCPUs from their creation to the state they start in |
@@ -73,6 +74,7 @@
 
 mod assemble;
 mod builder;
+pub mod config;
 mod disk;
 mod error;
 mod exit;
@@ -84,6 +86,7 @@ mod net;
 mod vcpu;
 
 pub use builder::VmBuilder;
+pub use config::VmConfig;
 pub use disk::Disk;
 pub use error::{BuildError, HandleError};
 pub use exit::VmExit;
@@ -92,7 +95,7 @@ pub use host::{Execution, Host, HostError};
 pub use kiln_arch::{BootProtocol, Kernel};
 pub use kiln_device_api::{BusDevice, BusDeviceMut, ExitRequest};
 pub use kiln_devices::legacy::serial::{Captured, Console, ConsoleInput, ConsoleOutput};
-pub use kiln_devices::virtio::block::BlockBackend;
+pub use kiln_devices::virtio::block::{BlockBackend, RawFile, RawFileError};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};

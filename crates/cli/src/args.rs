@@ -26,34 +26,34 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES, after_long_help = after_long_help())]
 pub(crate) struct Run {
-    /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux)
+    /// A description of the machine, in TOML or JSON; the options given here go before what it
+    /// says, and --disk or --net replace all of its disks or networks
     #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
+    pub(crate) config: Option<PathBuf>,
+
+    /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux)
+    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    pub(crate) kernel: Option<PathBuf>,
 
     /// The initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub(crate) initrd: Option<PathBuf>,
 
-    /// The kernel's command line, passed on exactly as given
-    #[arg(
-        long,
-        value_name = "STRING",
-        default_value = "console=ttyS0",
-        allow_hyphen_values = true
-    )]
-    pub(crate) cmdline: String,
+    /// The kernel's command line, passed on exactly as given [default: console=ttyS0]
+    #[arg(long, value_name = "STRING", allow_hyphen_values = true)]
+    pub(crate) cmdline: Option<String>,
 
-    /// How the kernel is entered
-    #[arg(long, value_enum, value_name = "PROTOCOL", default_value = "auto")]
-    pub(crate) boot_protocol: Protocol,
+    /// How the kernel is entered [default: auto]
+    #[arg(long, value_enum, value_name = "PROTOCOL")]
+    pub(crate) boot_protocol: Option<Protocol>,
 
-    /// The number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) cpus: u32,
+    /// The number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<u32>,
 
-    /// The guest's RAM: a number with K, M, G or T; MiB without
-    #[arg(long, value_name = "SIZE", default_value = "512M")]
-    pub(crate) memory: MemorySize,
+    /// The guest's RAM: a number with K, M, G or T; MiB without [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<MemorySize>,
 
     /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: a raw image file or a block
     /// device. A comma in the path is written twice
@@ -64,9 +64,9 @@ pub(crate) struct Run {
     #[arg(long, value_name = "tap=NAME[,mac=MAC]")]
     pub(crate) net: Vec<NetArg>,
 
-    /// Where the guest's serial port (ttyS0) leads
-    #[arg(long, value_name = "stdio|null|file=PATH", default_value = "stdio")]
-    pub(crate) serial: SerialArg,
+    /// Where the guest's serial port (ttyS0) leads [default: stdio]
+    #[arg(long, value_name = "stdio|null|file=PATH")]
+    pub(crate) serial: Option<SerialArg>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -207,7 +207,8 @@ KILN_LOG sets what is logged to the standard error output, such as `info` or `ki
 
 Example:
   kiln run --kernel vmlinuz --initrd initrd.img --disk root.ext4 --net tap=tap0 \\
-    --cpus 2 --memory 1G --cmdline \"console=ttyS0 root=/dev/vda rw\""
+    --cpus 2 --memory 1G --cmdline \"console=ttyS0 root=/dev/vda rw\"
+  kiln run --config vm.toml --memory 2G"
     )
 }
 

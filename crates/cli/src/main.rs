@@ -1,18 +1,20 @@
 //! `kiln`: boot Linux in a KVM virtual machine.
 //!
-//! This is a thin shell over [`kiln_vmm`]: it turns arguments into a [`kiln_vmm::VmBuilder`], lends
+//! This is a thin shell over [`kiln_vmm`]: it turns arguments into a [`kiln_vmm::VmConfig`], lends
 //! the terminal to the guest, turns signals into presses of the power button, and the end of the
 //! machine into an exit code.
 //!
 //! | module | what lives there |
 //! |---|---|
 //! | `args` | the command line and the texts of its options |
+//! | `config` | from arguments and `--config` to a [`kiln_vmm::VmConfig`] |
 //! | `run` | `kiln run` |
 //! | `check` | `kiln check` |
 //! | `terminal` | raw mode and the escape sequence |
 
 mod args;
 mod check;
+mod config;
 mod run;
 mod terminal;
 

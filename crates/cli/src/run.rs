@@ -1,26 +1,33 @@
 //! `kiln run`: from arguments to a machine, and from its end to an exit code.
 
-use std::fs::OpenOptions;
 use std::io;
 use std::process::ExitCode;
 use std::thread;
 
 use anyhow::{Context, Error};
+use kiln_vmm::config::SerialConfig;
 use kiln_vmm::{
-    BootProtocol, Console, ConsoleInput, ConsoleOutput, CrashCause, Disk, Execution, Host, Kernel,
-    Net, VmBuilder, VmExit, VmHandle,
+    Console, ConsoleInput, ConsoleOutput, CrashCause, Execution, Host, VmExit, VmHandle,
 };
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::args::{DiskArg, Protocol, Run, SerialArg};
+use crate::args::Run;
+use crate::config;
 use crate::terminal::{self, Escape, RawMode};
 
 pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
-    // Bad arguments are refused before the terminal or a signal is touched.
-    let interactive = args.serial == SerialArg::Stdio && RawMode::is_possible();
-    let (console, keyboard) = console(&args.serial, interactive)?;
-    let vm = builder(args)?.serial(console).build()?;
+    // A bad description is refused before the terminal or a signal is touched.
+    let mut config = config::from_args(args)?;
+    let interactive = config.serial == Some(SerialConfig::Stdio) && RawMode::is_possible();
+    let (builder, keyboard) = if interactive {
+        config.serial = None;
+        let (console, keyboard) = interactive_console()?;
+        (config.builder()?.serial(console), Some(keyboard))
+    } else {
+        (config.builder()?, None)
+    };
+    let vm = builder.build()?;
 
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("watch for signals")?;
     let raw_mode = match keyboard {
@@ -40,75 +47,13 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     Ok(report(&exit))
 }
 
-fn builder(args: Run) -> Result<VmBuilder, Error> {
-    let mut kernel = Kernel::open(&args.kernel)?;
-    kernel = match args.boot_protocol {
-        Protocol::Auto => kernel,
-        Protocol::Linux64 => kernel.with_protocol(BootProtocol::Linux64)?,
-        Protocol::Pvh => kernel.with_protocol(BootProtocol::Pvh)?,
-    };
-    let mut builder = VmBuilder::new()
-        .kernel(kernel)
-        .cmdline(args.cmdline)
-        .vcpus(args.cpus)
-        .memory(args.memory);
-    if let Some(initrd) = args.initrd {
-        builder = builder.initrd(initrd);
-    }
-    for disk in args.disk {
-        builder = builder.disk(open_disk(disk)?);
-    }
-    for net in args.net {
-        let mut interface = Net::tap(&net.tap)?;
-        if let Some(mac) = net.mac {
-            interface = interface.mac(mac);
-        }
-        builder = builder.net(interface);
-    }
-    Ok(builder)
-}
-
-fn open_disk(arg: DiskArg) -> Result<Disk, Error> {
-    let mut disk = if arg.readonly {
-        Disk::open_read_only(&arg.path)?
-    } else {
-        Disk::open(&arg.path)?
-    };
-    if let Some(id) = arg.id {
-        disk = disk.id(id);
-    }
-    Ok(disk)
-}
-
-/// Where the serial port leads; on a terminal, what is typed goes through us into the pipe whose
+/// The console of the guest on our terminal: what is typed goes through us into the pipe whose
 /// writing end is given back.
-fn console(
-    serial: &SerialArg,
-    interactive: bool,
-) -> Result<(Console, Option<io::PipeWriter>), Error> {
-    Ok(match serial {
-        SerialArg::Null => (Console::null(), None),
-        SerialArg::File(path) => {
-            let file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(path)
-                .with_context(|| format!("create `{}` for the serial port", path.display()))?;
-            let output = ConsoleOutput::fd(file.into());
-            (Console::new(ConsoleInput::null(), output), None)
-        }
-        SerialArg::Stdio if interactive => {
-            let (reader, writer) = io::pipe().context("create a pipe for the keyboard")?;
-            let input = ConsoleInput::fd(reader.into());
-            let output = ConsoleOutput::stdout().context("use the standard output")?;
-            (Console::new(input, output), Some(writer))
-        }
-        SerialArg::Stdio => (
-            Console::stdio().context("use the standard input and output")?,
-            None,
-        ),
-    })
+fn interactive_console() -> Result<(Console, io::PipeWriter), Error> {
+    let (reader, writer) = io::pipe().context("create a pipe for the keyboard")?;
+    let input = ConsoleInput::fd(reader.into());
+    let output = ConsoleOutput::stdout().context("use the standard output")?;
+    Ok((Console::new(input, output), writer))
 }
 
 /// The first signal presses the power button, the second stops the machine.

@@ -1,0 +1,79 @@
+//! From a description to a builder.
+
+use super::{DiskConfig, NetConfig, SerialConfig, VmConfig};
+use crate::{BuildError, Console, Disk, Kernel, Net, VmBuilder};
+
+impl VmConfig {
+    /// Opens what the description names, and gives a builder of that machine, to which devices of
+    /// your own can be added. What needs the host is checked by the builder's `build`. Without a
+    /// kernel, the builder has none yet either.
+    ///
+    /// # Errors
+    ///
+    /// Where the kernel, a disk, a tap interface or the serial port's file cannot be used.
+    pub fn builder(self) -> Result<VmBuilder, BuildError> {
+        let mut builder = VmBuilder::new()
+            .cmdline(self.cmdline)
+            .vcpus(self.vcpus)
+            .memory(self.memory)
+            .memory_options(self.memory_options);
+        if let Some(path) = self.kernel {
+            let mut kernel = Kernel::open(path)?;
+            if let Some(protocol) = self.boot_protocol.chosen() {
+                kernel = kernel.with_protocol(protocol)?;
+            }
+            builder = builder.kernel(kernel);
+        }
+        if let Some(initrd) = self.initrd {
+            builder = builder.initrd(initrd);
+        }
+        for disk in self.disks {
+            builder = builder.disk(disk.open()?);
+        }
+        for net in self.nets {
+            builder = builder.net(net.open()?);
+        }
+        // Last, because a file that was there is emptied.
+        if let Some(serial) = self.serial {
+            builder = builder.serial(serial.open()?);
+        }
+        Ok(builder)
+    }
+}
+
+impl DiskConfig {
+    fn open(self) -> Result<Disk, BuildError> {
+        let disk = if self.readonly {
+            Disk::open_read_only(&self.path)?
+        } else {
+            Disk::open(&self.path)?
+        };
+        Ok(match self.id {
+            Some(id) => disk.id(id),
+            None => disk,
+        })
+    }
+}
+
+impl NetConfig {
+    fn open(self) -> Result<Net, BuildError> {
+        let net = Net::tap(&self.tap)?;
+        Ok(match self.mac {
+            Some(mac) => net.mac(mac),
+            None => net,
+        })
+    }
+}
+
+impl SerialConfig {
+    fn open(self) -> Result<Console, BuildError> {
+        let fail = |object: String| move |source| BuildError::Console { object, source };
+        match self {
+            Self::Stdio => Console::stdio().map_err(fail("the standard input and output".into())),
+            Self::Null => Ok(Console::null()),
+            Self::File(path) => {
+                Console::file(&path).map_err(fail(format!("file `{}`", path.display())))
+            }
+        }
+    }
+}

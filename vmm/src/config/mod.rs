@@ -1,0 +1,220 @@
+//! A machine's description as a value, and as a TOML or JSON file.
+//!
+//! [`VmConfig`] holds every option of a [`VmBuilder`] that is data; what is code (backends and
+//! devices of your own) and what belongs to the process rather than to the machine (the host, the
+//! kick signal) is given to the builder that [`VmConfig::builder`] makes. That function is the one
+//! way from a description to a machine: a file, the command line of `kiln run` and a program that
+//! fills the structs meet the same checks and the same messages.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `read` | from a text or a file to a value |
+//! | `error` | [`ConfigError`]: where a description is wrong, and what is known there |
+//! | `nearest` | the known name that a wrong one is most like |
+//! | `table` | structs that are read from tables alone |
+//! | `convert` | from a value to a [`VmBuilder`] |
+//!
+//! `resources/vm-config.schema.json` describes the format to editors, and `resources/examples` has
+//! files to start from.
+//!
+//! [`VmBuilder`]: crate::VmBuilder
+//!
+//! # Example
+//!
+//! ```
+//! use kiln_vmm::MemorySize;
+//! use kiln_vmm::config::VmConfig;
+//!
+//! let config = VmConfig::from_toml(
+//!     r#"
+//!     kernel = "vmlinuz"
+//!     vcpus = 2
+//!     memory = "1G"
+//!
+//!     [[disks]]
+//!     path = "root.ext4"
+//!     id = "root"
+//!     "#,
+//! )?;
+//! assert_eq!(config.memory, MemorySize::gib(1));
+//! assert_eq!(config.disks[0].id.as_deref(), Some("root"));
+//!
+//! let error = VmConfig::from_toml("vcpu = 2").unwrap_err().to_string();
+//! assert!(error.contains("line 1") && error.contains("the nearest known one is `vcpus`"));
+//! # Ok::<(), kiln_vmm::config::ConfigError>(())
+//! ```
+
+mod convert;
+mod error;
+mod nearest;
+mod read;
+#[cfg(test)]
+mod schema;
+mod table;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{BootProtocol, MacAddress, MemoryOptions, MemorySize};
+
+pub use error::ConfigError;
+
+/// What a virtual machine is made of.
+///
+/// Every key may be left out (only the kernel has no default then); an unknown key is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub struct VmConfig {
+    /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// How the kernel is entered.
+    pub boot_protocol: BootProtocolConfig,
+    /// The initial RAM disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line, delivered exactly as it is here.
+    pub cmdline: String,
+    /// The number of vCPUs.
+    #[cfg_attr(test, schemars(range(min = 1)))]
+    pub vcpus: u32,
+    /// The size of the guest's RAM: a whole number with K, M, G or T, or a number of MiB.
+    #[cfg_attr(test, schemars(schema_with = "schema::memory_size"))]
+    pub memory: MemorySize,
+    /// Where the guest's serial port (ttyS0) leads. Not given, it leads nowhere; `kiln run` then
+    /// takes its standard input and output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialConfig>,
+    /// What is behind the guest's RAM.
+    #[cfg_attr(test, schemars(with = "schema::MemoryOptionsKeys"))]
+    #[serde(deserialize_with = "table::one")]
+    pub memory_options: MemoryOptions,
+    /// The disks (virtio-blk), in the order of /dev/vda, /dev/vdb, …
+    #[serde(
+        deserialize_with = "table::list",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub disks: Vec<DiskConfig>,
+    /// The network interfaces (virtio-net).
+    #[serde(
+        deserialize_with = "table::list",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub nets: Vec<NetConfig>,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            boot_protocol: BootProtocolConfig::default(),
+            initrd: None,
+            cmdline: "console=ttyS0".to_owned(),
+            vcpus: 1,
+            memory: MemorySize::mib(512),
+            serial: None,
+            memory_options: MemoryOptions::default(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+        }
+    }
+}
+
+impl VmConfig {
+    /// The same machine with every relative path taken from `folder` instead of the process's
+    /// working directory. An empty path stays empty, to be refused as such.
+    #[must_use]
+    pub fn relative_to(mut self, folder: &Path) -> Self {
+        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        let serial = self.serial.as_mut().and_then(SerialConfig::path_mut);
+        let paths = self.kernel.iter_mut().chain(&mut self.initrd);
+        for path in paths.chain(disks).chain(serial) {
+            if !path.as_os_str().is_empty() {
+                *path = folder.join(&*path);
+            }
+        }
+        self
+    }
+}
+
+/// How a kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum BootProtocolConfig {
+    /// PVH for an ELF file with a PVH note, the 64-bit Linux boot protocol for all others.
+    #[default]
+    Auto,
+    /// The 64-bit Linux boot protocol.
+    Linux64,
+    /// PVH: 32-bit protected mode, for ELF files with a PVH note.
+    Pvh,
+}
+
+impl BootProtocolConfig {
+    /// The protocol asked for, or `None` where the kernel decides.
+    pub(crate) fn chosen(self) -> Option<BootProtocol> {
+        match self {
+            Self::Auto => None,
+            Self::Linux64 => Some(BootProtocol::Linux64),
+            Self::Pvh => Some(BootProtocol::Pvh),
+        }
+    }
+}
+
+/// A disk: a raw image or a block device of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// The raw image file or block device.
+    pub path: PathBuf,
+    /// Whether it is only read. Several machines can have a disk so at the same time.
+    #[serde(default)]
+    pub readonly: bool,
+    /// The id that the guest sees as the disk's serial number: 1 to 20 printable ASCII characters.
+    /// Not given, it is made from what the image is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// A network interface on a tap interface of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The name of a tap interface that exists.
+    pub tap: String,
+    /// The interface's address in the guest, such as 06:00:00:00:00:01. Not given, it is random.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(schema_with = "schema::mac_address"))]
+    pub mac: Option<MacAddress>,
+}
+
+/// Where a serial port leads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum SerialConfig {
+    /// The process's standard input and output.
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// A file, which is created or emptied.
+    File(PathBuf),
+}
+
+impl SerialConfig {
+    fn path_mut(&mut self) -> Option<&mut PathBuf> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Stdio | Self::Null => None,
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Descriptions that are read, and descriptions that are refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::*;
+use crate::{Backing, BuildError, HugePages, VmBuilder};
+
+fn full() -> VmConfig {
+    VmConfig {
+        kernel: Some("vmlinux".into()),
+        boot_protocol: BootProtocolConfig::Pvh,
+        initrd: Some("initrd.img".into()),
+        cmdline: "console=ttyS0 root=/dev/vda".into(),
+        vcpus: 4,
+        memory: MemorySize::gib(5),
+        serial: Some(SerialConfig::File("console.log".into())),
+        memory_options: MemoryOptions {
+            backing: Backing::Memfd,
+            huge_pages: HugePages::Transparent,
+            prefault: true,
+            dirty_log: false,
+        },
+        disks: vec![
+            DiskConfig {
+                path: "root.ext4".into(),
+                readonly: false,
+                id: Some("root".into()),
+            },
+            DiskConfig {
+                path: "/srv/data.img".into(),
+                readonly: true,
+                id: None,
+            },
+        ],
+        nets: vec![NetConfig {
+            tap: "tap0".into(),
+            mac: Some("06:00:00:00:00:01".parse().unwrap()),
+        }],
+    }
+}
+
+#[test]
+fn what_is_written_reads_back_in_both_formats() {
+    for config in [full(), VmConfig::default()] {
+        let toml = toml::to_string(&config).unwrap();
+        assert_eq!(VmConfig::from_toml(&toml).unwrap(), config, "{toml}");
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(VmConfig::from_json(&json).unwrap(), config, "{json}");
+    }
+}
+
+#[test]
+fn nothing_said_is_the_default_of_the_builder() {
+    let config = VmConfig::from_toml("").unwrap();
+    assert_eq!(config, VmConfig::from_json("{}").unwrap());
+    assert_eq!(config, VmConfig::default());
+    let (from_config, builder) = (config.builder().unwrap(), VmBuilder::new());
+    assert_eq!(from_config.vcpus, builder.vcpus);
+    assert_eq!(from_config.memory, builder.memory);
+    assert_eq!(from_config.memory_options, builder.memory_options);
+    assert_eq!(from_config.cmdline, builder.cmdline);
+    assert!(from_config.kernel.is_none() && from_config.initrd.is_none());
+}
+
+#[test]
+fn every_option_reaches_the_builder() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &[u8]| {
+        let path = folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        path
+    };
+    file("root.ext4", &[0; 1024]);
+    let mut config = full();
+    config.kernel = None;
+    config.nets.clear();
+    config.disks[1].path = file("data.img", &[0; 512]);
+    let builder = config.relative_to(folder.path()).builder().unwrap();
+    assert_eq!(builder.vcpus, 4);
+    assert_eq!(builder.memory, MemorySize::gib(5));
+    assert_eq!(builder.memory_options, full().memory_options);
+    assert_eq!(builder.initrd, Some(folder.path().join("initrd.img")));
+    assert_eq!(builder.cmdline, full().cmdline);
+    let disks: Vec<String> = builder.disks.iter().map(|d| format!("{d:?}")).collect();
+    assert!(disks[0].contains("bytes: 1024") && disks[0].contains("read_only: false"));
+    assert!(disks[0].contains("\"root\""), "{}", disks[0]);
+    assert!(disks[1].contains("bytes: 512") && disks[1].contains("read_only: true"));
+    assert!(folder.path().join("console.log").exists());
+}
+
+/// The error of a text in TOML; it has to be one line with all of `words`.
+fn refused(text: &str, words: &[&str]) {
+    check(VmConfig::from_toml(text), text, words);
+}
+
+fn check(result: Result<VmConfig, ConfigError>, text: &str, words: &[&str]) {
+    let error = result.expect_err(text).to_string();
+    assert_eq!(error.lines().count(), 1, "{error}");
+    for word in words {
+        assert!(error.contains(word), "no `{word}` in: {error}");
+    }
+}
+
+#[test]
+fn an_unknown_key_is_refused_with_its_line_and_the_nearest_one() {
+    refused(
+        "kernel = \"k\"\n\ncpus = 2",
+        &["line 3", "`cpus`", "nearest known one is `vcpus`"],
+    );
+    refused(
+        "[[disks]]\npath = \"a\"\n[[disks]]\npath = \"b\"\nread_only = true",
+        &["line 5", "disks[1]", "nearest known one is `readonly`"],
+    );
+    refused(
+        "[memory_options]\nhugepages = \"size2m\"",
+        &["line 2", "memory_options", "`huge_pages`"],
+    );
+    refused(
+        "[[nets]]\ntap = \"t\"\naddress = 1",
+        &["line 3", "nets[0]", "`address`", "`tap`", "of tap, mac"],
+    );
+    let json = "{\n  \"kernal\": \"k\"\n}";
+    check(
+        VmConfig::from_json(json),
+        json,
+        &["line 2", "`kernal`", "nearest known one is `kernel`"],
+    );
+}
+
+#[test]
+fn an_unknown_value_is_refused_with_the_nearest_one() {
+    refused("boot_protocol = \"linux\"", &["line 1", "`linux64`"]);
+    refused("\nserial = \"stdoi\"", &["line 2", "serial", "`stdio`"]);
+    refused(
+        "[memory_options]\nbacking = \"memfs\"",
+        &["line 2", "memory_options.backing", "`memfd`"],
+    );
+}
+
+#[test]
+fn a_wrong_value_is_refused_by_its_key() {
+    refused(
+        "vcpus = \"two\"",
+        &["line 1", "key `vcpus`", "two", "a whole number"],
+    );
+    refused("vcpus = -1", &["key `vcpus`", "-1"]);
+    refused(
+        "\n\nmemory = \"lots\"",
+        &["line 3", "`memory`", "such as 512M"],
+    );
+    refused("memory = 1.5", &["`memory`", "such as \"512M\""]);
+    refused("memory = \"99999999T\"", &["`memory`", "64 bits"]);
+    refused("cmdline = [1]", &["`cmdline`", "string"]);
+    refused("[[disks]]\nid = \"a\"", &["`disks[0]", "`path` is missing"]);
+    refused(
+        "[[nets]]\ntap = \"t\"\nmac = \"06:00\"",
+        &["line 3", "nets[0].mac", "06:00", "06:00:00:00:00:01"],
+    );
+    refused("vcpus = 1\nvcpus = 2", &["line 2"]);
+    refused("disks = [[\"a.img\", true]]", &["`disks[0]`", "a table"]);
+    refused("memory_options = []", &["`memory_options`", "a table"]);
+    let json = "{\"disks\": [\n{\"path\": 7}]}";
+    check(
+        VmConfig::from_json(json),
+        json,
+        &["line 2", "`disks[0].path`", "string"],
+    );
+}
+
+#[test]
+fn a_text_that_is_not_of_the_format_is_refused_by_its_line() {
+    refused("kernel = \"k\"\nvcpus 2", &["line 2"]);
+    refused("kernel = \"k", &["line 1"]);
+    refused("a\u{0}b", &["line 1"]);
+    for text in ["", "[]", "7", "{\"vcpus\": 1", "{} {}", "{\"vcpus\":\n}"] {
+        check(VmConfig::from_json(text), text, &["line"]);
+    }
+}
+
+#[test]
+fn hostile_texts_are_refused() {
+    let deep = "[".repeat(200_000);
+    check(VmConfig::from_json(&deep), "deep", &[]);
+    check(VmConfig::from_toml(&format!("a = {deep}")), "deep", &[]);
+    let long = format!("{} = 1", "k".repeat(100_000));
+    check(VmConfig::from_toml(&long), "long", &["unknown key"]);
+    refused("\"a\\nkiln: b\" = 1", &["a\\nkiln", "line 1"]);
+}
+
+#[test]
+fn a_file_is_read_by_its_extension_and_from_its_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("vm.toml"), toml::to_string(&full()).unwrap()).unwrap();
+    fs::write(path("vm.json"), serde_json::to_string(&full()).unwrap()).unwrap();
+    for name in ["vm.toml", "vm.json"] {
+        let config = VmConfig::open(path(name)).unwrap();
+        assert_eq!(config.kernel, Some(path("vmlinux")));
+        assert_eq!(config.initrd, Some(path("initrd.img")));
+        assert_eq!(config.disks[0].path, path("root.ext4"));
+        assert_eq!(config.disks[1].path, PathBuf::from("/srv/data.img"));
+        assert_eq!(config.serial, Some(SerialConfig::File(path("console.log"))));
+    }
+}
+
+#[test]
+fn a_bad_file_is_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let open = |name: &str, words: &[&str]| check(VmConfig::open(path(name)), name, words);
+    open("absent.toml", &["absent.toml"]);
+    open("vm.yaml", &["vm.yaml", ".toml or .json"]);
+    open("vm", &["vm", ".toml or .json"]);
+    fs::create_dir(path("folder.toml")).unwrap();
+    open("folder.toml", &["folder.toml", "regular file"]);
+    fs::write(path("large.toml"), vec![b'#'; (1 << 20) + 1]).unwrap();
+    open("large.toml", &["large.toml", "1048576 bytes"]);
+    fs::write(path("binary.json"), [0xff; 8]).unwrap();
+    open("binary.json", &["binary.json"]);
+    fs::write(path("wrong.toml"), "\nvcpu = 1").unwrap();
+    open("wrong.toml", &["wrong.toml`, line 2", "`vcpus`"]);
+}
+
+#[test]
+fn what_cannot_be_opened_is_refused_as_by_the_builder() {
+    let absent = Path::new("/nonexistent/x");
+    let with_disk = VmConfig {
+        disks: vec![DiskConfig {
+            path: absent.into(),
+            ..DiskConfig::default()
+        }],
+        ..VmConfig::default()
+    };
+    assert_eq!(
+        with_disk.builder().unwrap_err().to_string(),
+        crate::Disk::open(absent).unwrap_err().to_string()
+    );
+    let with_net = VmConfig {
+        nets: vec![NetConfig {
+            tap: "kilnabsent0".into(),
+            mac: None,
+        }],
+        ..VmConfig::default()
+    };
+    assert_eq!(
+        with_net.builder().unwrap_err().to_string(),
+        crate::Net::tap("kilnabsent0").unwrap_err().to_string()
+    );
+    let with_serial = VmConfig {
+        serial: Some(SerialConfig::File("/nonexistent/log".into())),
+        ..VmConfig::default()
+    };
+    let error = with_serial.builder().unwrap_err();
+    assert!(matches!(error, BuildError::Console { .. }));
+    assert!(error.to_string().contains("/nonexistent/log"));
+}
+
+#[test]
+fn the_examples_are_descriptions_of_machines() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/examples");
+    let mut read = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let config = VmConfig::open(&path).unwrap_or_else(|error| panic!("{error}"));
+        assert!(config.kernel.is_some(), "{}: no kernel", path.display());
+        read += 1;
+    }
+    assert!(read >= 3, "only {read} examples");
+}
