@@ -9,7 +9,6 @@ use std::error::Error;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use guests::Buffer::{Readable, Writable};
 use guests::{DATA, Guest};
 use kiln_vmm::{BlockBackend, Console, Disk, GuestSlice};
 
@@ -63,36 +62,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     content[3 * SECTOR as usize..][..text.len()].copy_from_slice(text);
     let disk = MemoryDisk(Arc::new(Mutex::new(content)));
 
-    // A request is a header (type, a word that is reserved, sector), the data, and room for a
-    // status byte (virtio 1.3, section 5.2.6).
-    let (header, sector, status) = (DATA, DATA + 0x1000, DATA + 0x2000);
     let vm = Guest::new()
         .start_virtio(0, 1)
-        .store(header, &[0, 0, 0, 0, 0, 0, 0, 0, 3]) // read sector 3
-        .offer(
-            0,
-            0,
-            &[
-                Readable(header, 16),
-                Writable(sector, SECTOR),
-                Writable(status, 1),
-            ],
-        )
-        .wait(0, 0)
+        .read_disk(0, 3, DATA, SECTOR)
         .print("the guest read: ")
-        .print_at(sector)
-        .store(sector, b"the guest was here\0")
-        .store(header, &[1, 0, 0, 0, 0, 0, 0, 0, 4]) // write sector 4
-        .offer(
-            0,
-            0,
-            &[
-                Readable(header, 16),
-                Readable(sector, SECTOR),
-                Writable(status, 1),
-            ],
-        )
-        .wait(0, 0)
+        .print_at(DATA)
+        .store(DATA, b"the guest was here\0")
+        .write_disk(0, 4, DATA, SECTOR)
         .power_off()
         .machine()?
         .disk(Disk::new(disk.clone()).id("memory"))

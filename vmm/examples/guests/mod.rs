@@ -10,6 +10,13 @@ use kiln_vmm::{Kernel, MemorySize, VmBuilder};
 /// RAM that a guest can use for what it likes, zeroed at the start.
 pub(crate) const DATA: u32 = 0x50_0000;
 
+/// Where a disk's status byte is after a request: 0 says that it was done, 1 that it failed.
+pub(crate) const STATUS: u32 = 0x4f_0000;
+
+/// The header of a disk's request.
+const HEADER: u32 = 0x4f_1000;
+/// The packet that is being sent.
+const PACKET: u32 = 0x4f_2000;
 /// The queues' rings: a page for each queue, 16 pages for each device.
 const RINGS: u32 = 0x40_0000;
 /// The first virtio-mmio device; the others follow, 4 KiB each.
@@ -183,6 +190,38 @@ impl Guest {
         self.mov_ebx(rings + 0x202); // the device's index
         self.emit(&[0x66, 0x81, 0x3b, low, high, 0x75, 0xf9]); // 2: cmp word [rbx], n; jne 2b
         self
+    }
+
+    /// Has a disk read `len` bytes from `sector` on to `address` (virtio 1.3, section 5.2.6).
+    pub(crate) fn read_disk(self, device: u32, sector: u32, address: u32, len: u32) -> Self {
+        self.disk_request(device, 0, sector, Buffer::Writable(address, len))
+    }
+
+    /// Has a disk write the `len` bytes at `address` from `sector` on.
+    pub(crate) fn write_disk(self, device: u32, sector: u32, address: u32, len: u32) -> Self {
+        self.disk_request(device, 1, sector, Buffer::Readable(address, len))
+    }
+
+    fn disk_request(mut self, device: u32, kind: u32, sector: u32, data: Buffer) -> Self {
+        self.store_u32(HEADER, kind);
+        self.store_u32(HEADER + 8, sector);
+        let (header, status) = (Buffer::Readable(HEADER, 16), Buffer::Writable(STATUS, 1));
+        self.offer(device, 0, &[header, data, status])
+            .wait(device, 0)
+    }
+
+    /// Sends a packet, of which the first 12 bytes are virtio's header (virtio 1.3, section 5.1.6).
+    pub(crate) fn send_packet(self, device: u32, packet: &[u8]) -> Self {
+        let buffer = Buffer::Readable(PACKET, packet.len() as u32);
+        self.store(PACKET, packet)
+            .offer(device, 1, &[buffer])
+            .wait(device, 1)
+    }
+
+    /// Receives a packet to `address`, where there is room for a large one.
+    pub(crate) fn receive_packet(self, device: u32, address: u32) -> Self {
+        self.offer(device, 0, &[Buffer::Writable(address, 0x1_0000)])
+            .wait(device, 0)
     }
 
     fn store_u32(&mut self, address: u32, value: u32) {
