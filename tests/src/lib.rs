@@ -14,3 +14,13 @@ pub mod elf;
 pub mod guests;
 pub mod linux;
 pub mod program;
+
+/// The programs in the documentation compile.
+#[cfg(doctest)]
+mod documentation {
+    #[doc = include_str!("../../README.md")]
+    struct Readme;
+
+    #[doc = include_str!("../../docs/embedding.md")]
+    struct Embedding;
+}
