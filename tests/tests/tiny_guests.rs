@@ -317,30 +317,84 @@ fn a_device_can_drop_the_last_handle_of_its_machine() {
     assert!(gone, "the machine still holds its device");
 }
 
-fn threads_and_fds() -> (usize, usize) {
+/// The threads, file descriptors and mappings of guests that this process has.
+fn belongings() -> (usize, usize, usize) {
     let count = |folder| std::fs::read_dir(folder).unwrap().count();
-    (count("/proc/self/task"), count("/proc/self/fd"))
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    // Guest RAM is the one kind of mapping here of 16 MiB; a thread's stack and the allocator's
+    // heaps come and go by rules of their own.
+    let ram = maps
+        .lines()
+        .filter(|line| length(line) >= 16 << 20 && !line.contains("---p"));
+    let kvm = maps.lines().filter(|line| line.contains("kvm"));
+    let mappings = ram.count() + kvm.count();
+    (count("/proc/self/task"), count("/proc/self/fd"), mappings)
+}
+
+/// The length in bytes of a mapping, from its line in the list of them.
+fn length(line: &str) -> u64 {
+    let range = line.split(' ').next().unwrap();
+    let (start, end) = range.split_once('-').unwrap();
+    let number = |text| u64::from_str_radix(text, 16).unwrap();
+    number(end) - number(start)
+}
+
+/// Runs `test` of this file again, in a process of its own, since other tests have threads and
+/// files too; says whether this is that process.
+fn is_alone(test: &str) -> bool {
+    if std::env::var_os("KILN_TEST_ALONE").is_some() {
+        return true;
+    }
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test])
+        .env("KILN_TEST_ALONE", "1")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    false
+}
+
+#[test]
+fn a_hundred_machines_live_in_one_process_and_leave_nothing() {
+    if !is_alone("a_hundred_machines_live_in_one_process_and_leave_nothing") {
+        return;
+    }
+    let host = host!();
+    start(&host, guests::power_off()).wait().unwrap();
+    let before = belongings();
+    for _ in 0..5 {
+        let machines: Vec<_> = (0..20)
+            .map(|_| start(&host, guests::exit_storm()))
+            .collect();
+        let threads = belongings().0;
+        assert!(
+            threads >= before.0 + 40,
+            "{threads} threads for 20 machines"
+        );
+        for machine in &machines {
+            machine.pause().unwrap();
+            assert_eq!(machine.state(), VmState::Paused);
+        }
+        for machine in &machines {
+            machine.resume().unwrap();
+        }
+        for machine in &machines {
+            machine.stop();
+            assert_eq!(machine.try_wait().unwrap(), Some(VmExit::Stopped));
+        }
+    }
+    assert_eq!(belongings(), before);
 }
 
 #[test]
 fn a_machine_dropped_at_any_point_of_its_life_leaves_nothing() {
-    // In a process of its own, since other tests have threads and files too.
-    if std::env::var_os("KILN_TEST_ALONE").is_none() {
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "a_machine_dropped_at_any_point_of_its_life_leaves_nothing",
-            ])
-            .env("KILN_TEST_ALONE", "1")
-            .status()
-            .unwrap();
-        assert!(status.success());
+    if !is_alone("a_machine_dropped_at_any_point_of_its_life_leaves_nothing") {
         return;
     }
     let host = host!();
     // Once, so that what is made once a process is there.
     start(&host, guests::power_off()).wait().unwrap();
-    let before = threads_and_fds();
+    let before = belongings();
     for _ in 0..20 {
         drop(builder(&host, guests::busy()).build().unwrap());
         drop(start(&host, guests::busy()));
@@ -363,7 +417,7 @@ fn a_machine_dropped_at_any_point_of_its_life_leaves_nothing() {
                 .is_err()
         );
     }
-    assert_eq!(threads_and_fds(), before);
+    assert_eq!(belongings(), before);
 }
 
 #[test]
