@@ -140,6 +140,15 @@ guest!(
 );
 
 guest!(
+    /// Prints for ever, as fast as it can.
+    chatter,
+    "mov dx, 0x3f8",
+    "mov al, 'x'",
+    "2: out dx, al",
+    "jmp 2b",
+);
+
+guest!(
     /// Writes 0xbeef to port 0xb0, and powers off.
     write_port,
     "mov ax, 0xbeef",

@@ -156,6 +156,26 @@ fn any_guest_can_be_stopped() {
 }
 
 #[test]
+fn a_guest_whose_console_takes_nothing_can_be_stopped() {
+    let host = host!();
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let console = Console::new(ConsoleInput::null(), ConsoleOutput::fd(writer.into()));
+    let vm = builder(&host, guests::chatter())
+        .serial(console)
+        .build()
+        .unwrap();
+    let handle = vm.start().unwrap();
+    // More than the pipe and the port's own buffer hold.
+    while handle.exit_counts()[0].pio_out < 200_000 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let since = std::time::Instant::now();
+    handle.stop();
+    assert_eq!(end(&handle), VmExit::Stopped);
+    assert!(since.elapsed() < Duration::from_secs(30));
+}
+
+#[test]
 fn a_paused_guest_makes_no_exits_until_it_is_resumed() {
     let host = host!();
     let handle = start(&host, guests::exit_storm());

@@ -4,10 +4,10 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use kiln_vcpu_manager::{ExitCounts, VcpuManager};
+use kiln_vcpu_manager::{ExitCounts, MachineEnd, VcpuManager};
 use kvm_ioctls::{VcpuFd, VmFd};
 
-use crate::machine::Machine;
+use crate::machine::{Machine, SERIAL_PATIENCE, STOPPED_SERIAL_PATIENCE};
 use crate::{HandleError, VmExit};
 
 /// A virtual machine that is built and has not started. Dropping it leaves nothing behind.
@@ -88,11 +88,14 @@ impl Inner {
     }
 
     /// After the vCPUs have come to rest: stops the devices, once, and says how it ended.
-    fn finish(&self, end: kiln_vcpu_manager::MachineEnd) -> VmExit {
+    fn finish(&self, end: MachineEnd) -> VmExit {
         let mut machine = self.machine();
         self.exit
             .get_or_init(|| {
-                machine.stop_devices();
+                machine.stop_devices(match end {
+                    MachineEnd::Stopped => STOPPED_SERIAL_PATIENCE,
+                    _ => SERIAL_PATIENCE,
+                });
                 VmExit::new(end, machine.failure().message())
             })
             .clone()

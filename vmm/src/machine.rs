@@ -12,9 +12,12 @@ use kiln_virtio_device::MmioTransport;
 
 use crate::kvm::KvmVm;
 
-/// How long the end of a machine waits for a console that does not take the serial port's last
+/// How long the end of a guest waits for a console that does not take the serial port's last
 /// output.
-const SERIAL_PATIENCE: Duration = Duration::from_secs(1);
+pub(crate) const SERIAL_PATIENCE: Duration = Duration::from_secs(1);
+/// The same where the machine was stopped, which is to be quick whatever the guest and its console
+/// do.
+pub(crate) const STOPPED_SERIAL_PATIENCE: Duration = Duration::from_millis(50);
 
 /// The machine around the vCPUs.
 ///
@@ -62,12 +65,12 @@ impl Machine {
     }
 
     /// After the guest's end: takes the devices off their queues and writes out what the serial
-    /// port still holds.
-    pub(crate) fn stop_devices(&mut self) {
+    /// port still holds, for at most `patience`.
+    pub(crate) fn stop_devices(&mut self, patience: Duration) {
         for transport in &self.transports {
             transport.reset();
         }
-        if !self.serial.close(SERIAL_PATIENCE) {
+        if !self.serial.close(patience) {
             tracing::warn!("the console did not take all of the serial port's output");
         }
     }
