@@ -66,6 +66,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             serial,
             _io: io,
             failure,
+            events: Arc::default(),
             vm,
         },
         vcpus,

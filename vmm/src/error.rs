@@ -106,6 +106,12 @@ pub enum HandleError {
     /// The vCPUs could not.
     #[error(transparent)]
     Vcpu(#[from] kiln_vcpu_manager::Error),
+    /// A stream of events could not be had.
+    #[error("listen to the machine's events")]
+    Events {
+        /// What the system said.
+        source: io::Error,
+    },
     /// It would wait for the thread that it was called on.
     #[error("a device waits for the machine on one of its vCPU threads, which would be for ever")]
     OnVcpuThread,

@@ -17,6 +17,7 @@
 //! | `machine` | the machine around the vCPUs |
 //! | `vcpu` | vCPUs from their creation to the state they start in |
 //! | `handle`, `exit` | [`Vm`], [`VmHandle`], [`VmExit`] |
+//! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
 //! | `disk`, `net` | [`Disk`], [`Net`] |
 //! | `host` | [`Host`]: what this host's KVM can do |
 //! | `kvm` | the VM fd |
@@ -77,6 +78,7 @@ mod builder;
 pub mod config;
 mod disk;
 mod error;
+mod events;
 mod exit;
 mod handle;
 mod host;
@@ -89,6 +91,7 @@ pub use builder::VmBuilder;
 pub use config::VmConfig;
 pub use disk::Disk;
 pub use error::{BuildError, HandleError};
+pub use events::{Events, VmEvent};
 pub use exit::VmExit;
 pub use handle::{Vm, VmHandle, VmState};
 pub use host::{Execution, Host, HostError};

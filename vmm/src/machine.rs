@@ -1,8 +1,10 @@
 //! The machine around the vCPUs: its buses, its devices, and the thread they work on.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use kiln_device_api::panic_message;
 use kiln_device_manager::Buses;
 use kiln_devices::acpi::PowerButton;
 use kiln_devices::legacy::serial::Serial;
@@ -10,6 +12,7 @@ use kiln_io_thread::IoThread;
 use kiln_memory::GuestMemory;
 use kiln_virtio_device::MmioTransport;
 
+use crate::events::EventSource;
 use crate::kvm::KvmVm;
 
 /// How long the end of a guest waits for a console that does not take the serial port's last
@@ -31,6 +34,7 @@ pub(crate) struct Machine {
     /// Held for its end: dropping it joins the thread.
     pub(crate) _io: IoThread,
     pub(crate) failure: Arc<DeviceFailure>,
+    pub(crate) events: Arc<EventSource>,
     pub(crate) vm: Arc<KvmVm>,
 }
 
@@ -53,23 +57,28 @@ impl Machine {
 
     /// No device works on a queue when this returns.
     pub(crate) fn pause_devices(&self) {
-        for transport in &self.transports {
-            transport.pause();
-        }
+        self.each_device(|transport| transport.pause());
     }
 
     pub(crate) fn resume_devices(&self) {
+        self.each_device(|transport| transport.resume());
+    }
+
+    /// Devices may be the embedder's own: a panic of one ends the machine, and does not reach the
+    /// thread that this is called on.
+    fn each_device(&self, f: impl Fn(&MmioTransport)) {
         for transport in &self.transports {
-            transport.resume();
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| f(transport))) {
+                let message = panic_message(&*payload);
+                self.failure.report(format!("a device panicked: {message}"));
+            }
         }
     }
 
     /// After the guest's end: takes the devices off their queues and writes out what the serial
     /// port still holds, for at most `patience`.
-    pub(crate) fn stop_devices(&mut self, patience: Duration) {
-        for transport in &self.transports {
-            transport.reset();
-        }
+    pub(crate) fn stop_devices(&self, patience: Duration) {
+        self.each_device(|transport| transport.reset());
         if !self.serial.close(patience) {
             tracing::warn!("the console did not take all of the serial port's output");
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kiln_arch::cpuid::{self, Topology};
 use kiln_arch::{boot::EntryPoint, lapic, msr, regs};
 use kiln_device_api::VcpuBus;
-use kiln_vcpu_manager::{KickSignal, VcpuManager, VcpuOptions};
+use kiln_vcpu_manager::{EndHooks, KickSignal, VcpuManager, VcpuOptions};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
@@ -53,7 +53,11 @@ impl Vcpus {
     }
 
     /// Starts the vCPUs on threads of their own.
-    pub(crate) fn start(self, machine: &Machine) -> Result<VcpuManager, HandleError> {
+    pub(crate) fn start(
+        self,
+        machine: &Machine,
+        hooks: EndHooks,
+    ) -> Result<VcpuManager, HandleError> {
         let memory = Arc::clone(machine.memory());
         let options = VcpuOptions {
             kick_signal: self.kick_signal,
@@ -63,12 +67,7 @@ impl Vcpus {
             ..VcpuOptions::default()
         };
         let bus: Arc<dyn VcpuBus> = machine.buses();
-        Ok(VcpuManager::start(
-            self.fds,
-            bus,
-            options,
-            Box::new(|end| tracing::info!("the machine ends: {end}")),
-        )?)
+        Ok(VcpuManager::start(self.fds, bus, options, hooks)?)
     }
 }
 

@@ -17,6 +17,7 @@
 //! | `bus` | [`BusDevice`], [`BusDeviceMut`], [`VcpuBus`] |
 //! | `exit` | [`ExitRequest`] |
 //! | `interrupt` | [`InterruptLine`] |
+//! | `panic` | [`panic_message`] |
 //!
 //! # Example
 //!
@@ -55,7 +56,9 @@
 mod bus;
 mod exit;
 mod interrupt;
+mod panic;
 
 pub use bus::{BusDevice, BusDeviceMut, VcpuBus};
 pub use exit::ExitRequest;
 pub use interrupt::InterruptLine;
+pub use panic::panic_message;

@@ -11,6 +11,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{Builder, JoinHandle, ThreadId};
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
+use kiln_device_api::panic_message;
 
 use crate::handler::{IoHandler, PanicHook, Subscriber};
 
@@ -55,12 +56,9 @@ pub struct HandlerPanic {
 
 impl HandlerPanic {
     pub(crate) fn from_payload(payload: &(dyn Any + Send)) -> Self {
-        let message = payload
-            .downcast_ref::<&str>()
-            .map(|text| (*text).to_owned())
-            .or_else(|| payload.downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "no message".to_owned());
-        Self { message }
+        Self {
+            message: panic_message(payload),
+        }
     }
 
     /// What the panic said.

@@ -9,7 +9,7 @@
 //! | module | what lives there |
 //! |---|---|
 //! | `manager` | [`VcpuManager`]: start, pause, resume, stop, wait |
-//! | `options` | [`VcpuOptions`] |
+//! | `options` | [`VcpuOptions`], [`EndHooks`] |
 //! | `end` | [`MachineEnd`], [`Crash`], [`CrashCause`]: how a machine ends |
 //! | `counters` | [`ExitCounts`] |
 //! | `signal` | [`KickSignal`], and the signal mask of vCPU threads |
@@ -47,7 +47,7 @@
 //! use std::sync::{Arc, Mutex};
 //!
 //! use kiln_device_api::{ExitRequest, VcpuBus};
-//! use kiln_vcpu_manager::{CrashCause, MachineEnd, VcpuManager, VcpuOptions};
+//! use kiln_vcpu_manager::{CrashCause, EndHooks, MachineEnd, VcpuManager, VcpuOptions};
 //! use kvm_bindings::kvm_userspace_memory_region;
 //! use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 //!
@@ -95,7 +95,7 @@
 //!     vec![vcpu],
 //!     Arc::clone(&bus) as Arc<dyn VcpuBus>,
 //!     VcpuOptions::default(),
-//!     Box::new(|end| println!("the machine ends: {end}")),
+//!     EndHooks::default(),
 //! )?;
 //! // Without an interrupt controller nothing could wake it.
 //! let MachineEnd::Crash(crash) = manager.wait() else { unreachable!() };
@@ -121,5 +121,5 @@ pub use counters::ExitCounts;
 pub use end::{Crash, CrashCause, InstructionBytes, MachineEnd};
 pub use error::Error;
 pub use manager::VcpuManager;
-pub use options::{ReadMemory, VcpuOptions};
+pub use options::{EndHook, EndHooks, ReadMemory, VcpuOptions};
 pub use signal::KickSignal;

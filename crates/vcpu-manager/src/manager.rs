@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 use crate::run_page::RunPage;
 use crate::shared::{Goal, Shared, State, Vcpu, lock, vcpu_id};
 use crate::signal::VcpuSignalMask;
-use crate::{Error, ExitCounts, KickSignal, MachineEnd, VcpuOptions, vcpu};
+use crate::{EndHooks, Error, ExitCounts, KickSignal, MachineEnd, VcpuOptions, vcpu};
 
 /// The stack of a vCPU thread, in bytes. Devices answer on it; they keep their buffers on the heap.
 const STACK_SIZE: usize = 256 * 1024;
@@ -36,20 +36,17 @@ impl VcpuManager {
     /// the guest at once; with a local APIC in the kernel, KVM itself holds all but the first back
     /// until the guest starts them.
     ///
-    /// `bus` answers their accesses, on their threads. `on_end` is called once, as soon as the
-    /// machine's end is known, on the thread that brought it: a vCPU's, or that of the caller of
-    /// [`stop`](Self::stop). Other vCPUs may still be on their way out then, so it must not wait
-    /// for them.
+    /// `bus` answers their accesses, on their threads. `hooks` are called at the machine's end.
     ///
     /// # Errors
     ///
     /// [`Error::NoVcpus`], [`Error::SignalTaken`], [`Error::Signal`], [`Error::MapRunPage`] and
-    /// [`Error::Spawn`]. No vCPU has run and no thread is left then, and `on_end` is not called.
+    /// [`Error::Spawn`]. No vCPU has run and no thread is left then, and no hook is called.
     pub fn start(
         vcpus: Vec<VcpuFd>,
         bus: Arc<dyn VcpuBus>,
         options: VcpuOptions,
-        on_end: Box<dyn FnOnce(&MachineEnd) + Send>,
+        hooks: EndHooks,
     ) -> Result<Self, Error> {
         if vcpus.is_empty() {
             return Err(Error::NoVcpus);
@@ -72,7 +69,7 @@ impl VcpuManager {
             start_paused,
             read_memory,
         } = options;
-        let shared = Arc::new(Shared::new(vcpus, bus, read_memory, kick_signal, on_end));
+        let shared = Arc::new(Shared::new(vcpus, bus, read_memory, kick_signal, hooks));
         let threads = spawn(&shared, kick_signal, &thread_name)?;
         if start_paused {
             drop(shared.wait_until(None, |state| shared.all_parked(state)));

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::KickSignal;
+use crate::{KickSignal, MachineEnd};
 
 /// Reads guest memory: fills the slice from this guest physical address on (in bytes) and says
 /// whether it could.
@@ -44,5 +44,37 @@ impl fmt::Debug for VcpuOptions {
             .field("start_paused", &self.start_paused)
             .field("read_memory", &self.read_memory.is_some())
             .finish()
+    }
+}
+
+/// Called with a machine's end.
+pub type EndHook = Box<dyn FnOnce(&MachineEnd) + Send>;
+
+/// What is to be called at a machine's end, each once. By default nothing is.
+///
+/// A panic in one of them is caught and logged.
+pub struct EndHooks {
+    /// Called as soon as the end is known, on the thread that brought it: a vCPU's, or that of the
+    /// caller of [`VcpuManager::stop`](crate::VcpuManager::stop). Other vCPUs may still be on their
+    /// way out then, so it must not wait for them.
+    pub on_end: EndHook,
+    /// Called when the last vCPU has left the guest, on the thread that was this vCPU's. It may
+    /// take its time, and may wait for everything but the end of its own thread, which
+    /// [`VcpuManager::stop`](crate::VcpuManager::stop) waits for.
+    pub on_rest: EndHook,
+}
+
+impl Default for EndHooks {
+    fn default() -> Self {
+        Self {
+            on_end: Box::new(|_| {}),
+            on_rest: Box::new(|_| {}),
+        }
+    }
+}
+
+impl fmt::Debug for EndHooks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EndHooks").finish_non_exhaustive()
     }
 }

@@ -22,15 +22,12 @@ use kvm_ioctls::VcpuFd;
 use crate::counters::Counters;
 use crate::end::{Crash, CrashCause, InstructionBytes, MachineEnd};
 use crate::instruction;
-use crate::options::ReadMemory;
+use crate::options::{EndHook, EndHooks, ReadMemory};
 use crate::run_page::RunPage;
 use crate::signal::{self, KickSignal, ThreadId};
 
 /// How long a thread rests before it tries again what it could not do.
 pub(crate) const NAP: Duration = Duration::from_millis(1);
-
-/// Called once, with the end.
-pub(crate) type OnEnd = Box<dyn FnOnce(&MachineEnd) + Send>;
 
 /// Locks even where a thread panicked with the lock held: what these locks guard is kept whole at
 /// every step, and a machine must be able to end after a panic.
@@ -55,7 +52,8 @@ pub(crate) struct State {
     /// Threads that have not left their loop.
     pub(crate) live: usize,
     pub(crate) end: Option<MachineEnd>,
-    on_end: Option<OnEnd>,
+    on_end: Option<EndHook>,
+    on_rest: Option<EndHook>,
 }
 
 /// One vCPU.
@@ -109,7 +107,7 @@ impl Shared {
         bus: Arc<dyn VcpuBus>,
         read_memory: Option<ReadMemory>,
         kick_signal: KickSignal,
-        on_end: OnEnd,
+        hooks: EndHooks,
     ) -> Self {
         let live = vcpus.len();
         Self {
@@ -123,7 +121,8 @@ impl Shared {
                 halted: 0,
                 live,
                 end: None,
-                on_end: Some(on_end),
+                on_end: Some(hooks.on_end),
+                on_rest: Some(hooks.on_rest),
             }),
             goal_changed: Condvar::new(),
             progress: Condvar::new(),
@@ -193,9 +192,20 @@ impl Shared {
         self.kick_all();
         if let Some(on_end) = on_end {
             tracing::debug!("the machine ends: {end}");
-            if catch_unwind(AssertUnwindSafe(|| on_end(&end))).is_err() {
-                tracing::error!("the function to be called at the machine's end panicked");
-            }
+            call(on_end, &end);
+        }
+    }
+
+    /// Called last by each vCPU's thread, after it has left its loop.
+    pub(crate) fn after_last(&self) {
+        let mut state = lock(&self.state);
+        let hook = match state.live {
+            0 => state.on_rest.take().zip(state.end.clone()),
+            _ => None,
+        };
+        drop(state);
+        if let Some((on_rest, end)) = hook {
+            call(on_rest, &end);
         }
     }
 
@@ -330,6 +340,13 @@ impl Drop for Entered<'_> {
         lock(&self.shared.vcpus[self.index].kick).thread = None;
         lock(&self.shared.state).live -= 1;
         self.shared.progress.notify_all();
+    }
+}
+
+/// A hook is not ours: a panic in it must not keep a thread from its end.
+fn call(hook: EndHook, end: &MachineEnd) {
+    if catch_unwind(AssertUnwindSafe(|| hook(end))).is_err() {
+        tracing::error!("a function to be called at the machine's end panicked");
     }
 }
 

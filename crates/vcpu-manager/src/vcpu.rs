@@ -1,12 +1,11 @@
 //! One vCPU's thread: in and out of the guest.
 
-use std::any::Any;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
 
-use kiln_device_api::{ExitRequest, VcpuBus};
+use kiln_device_api::{ExitRequest, VcpuBus, panic_message};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::VcpuFd;
 
@@ -70,6 +69,7 @@ pub(crate) fn run_thread(shared: &Shared, index: usize) {
     while !shared.send_owed() {
         thread::sleep(NAP);
     }
+    shared.after_last();
 }
 
 /// Runs the guest until there is something for the thread to decide. Allocates, locks and logs
@@ -178,14 +178,6 @@ fn kind(exit: &Exit) -> Kind {
         Exit::EndOfInterrupt(_) => Kind::EndOfInterrupt,
         _ => Kind::Other,
     }
-}
-
-fn panic_message(payload: &(dyn Any + Send)) -> String {
-    payload
-        .downcast_ref::<&str>()
-        .map(|text| (*text).to_owned())
-        .or_else(|| payload.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".to_owned())
 }
 
 /// What a spawned thread runs: it owns its share, so that the last one out frees it.

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Instant;
 
 use kiln_device_api::{ExitRequest, VcpuBus};
-use kiln_vcpu_manager::{Error, MachineEnd, VcpuManager, VcpuOptions};
+use kiln_vcpu_manager::{EndHooks, Error, MachineEnd, VcpuManager, VcpuOptions};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::Kvm;
 
@@ -427,8 +427,11 @@ fn a_device_that_calls_back_waits_for_nothing() {
         ..VcpuOptions::default()
     };
     let on_end = move |end: &MachineEnd| ended.send(end.clone()).unwrap();
-    let manager =
-        VcpuManager::start(vcpus, Arc::clone(&bus) as _, options, Box::new(on_end)).unwrap();
+    let hooks = EndHooks {
+        on_end: Box::new(on_end),
+        ..EndHooks::default()
+    };
+    let manager = VcpuManager::start(vcpus, Arc::clone(&bus) as _, options, hooks).unwrap();
     let manager = Arc::new(manager);
     bus.manager.set(Arc::downgrade(&manager)).unwrap();
     manager.resume().unwrap();
@@ -438,4 +441,30 @@ fn a_device_that_calls_back_waits_for_nothing() {
     }
     assert_eq!(end.recv_timeout(PATIENCE).unwrap(), MachineEnd::Stopped);
     assert_eq!(manager.wait_timeout(PATIENCE), Some(MachineEnd::Stopped));
+}
+
+#[test]
+fn the_machine_is_at_rest_when_its_hook_is_called_and_stop_waits_for_the_hook() {
+    let Some(kvm) = kvm() else { return };
+    let Guest { vcpus, memory, .. } = Guest::new(&kvm, &[0xeb, 0xfe], true);
+    let slot: Arc<OnceLock<Weak<VcpuManager>>> = Arc::default();
+    let (told, tell) = (Arc::clone(&slot), Arc::new(Mutex::new(None)));
+    let seen = Arc::clone(&tell);
+    let hooks = EndHooks {
+        on_rest: Box::new(move |end| {
+            let manager = told.get().and_then(Weak::upgrade);
+            let known = manager.and_then(|manager| manager.try_wait());
+            thread::sleep(std::time::Duration::from_millis(20));
+            *tell.lock().unwrap() = Some((end.clone(), known));
+        }),
+        ..EndHooks::default()
+    };
+    let bus = Arc::new(Recorder::default());
+    let manager = VcpuManager::start(vcpus, bus, VcpuOptions::default(), hooks).unwrap();
+    let manager = Arc::new(manager);
+    slot.set(Arc::downgrade(&manager)).unwrap();
+    manager.stop();
+    let seen = seen.lock().unwrap().take();
+    assert_eq!(seen, Some((MachineEnd::Stopped, Some(MachineEnd::Stopped))));
+    drop(memory);
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kiln_device_api::ExitRequest;
-use kiln_vcpu_manager::{Crash, CrashCause, Error, MachineEnd, VcpuManager, VcpuOptions};
+use kiln_vcpu_manager::{Crash, CrashCause, EndHooks, Error, MachineEnd, VcpuManager, VcpuOptions};
 use kvm_bindings::{KVM_EXIT_DEBUG, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug};
 
 use crate::support::*;
@@ -247,6 +247,6 @@ fn an_ended_machine_can_be_looked_at_but_not_resumed() {
 #[test]
 fn a_machine_of_no_vcpu_is_refused() {
     let bus = Arc::new(Recorder::default());
-    let result = VcpuManager::start(Vec::new(), bus, VcpuOptions::default(), Box::new(|_| {}));
+    let result = VcpuManager::start(Vec::new(), bus, VcpuOptions::default(), EndHooks::default());
     assert!(matches!(result, Err(Error::NoVcpus)));
 }

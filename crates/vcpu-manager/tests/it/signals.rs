@@ -7,7 +7,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use kiln_device_api::{ExitRequest, VcpuBus};
-use kiln_vcpu_manager::{Error, KickSignal, VcpuManager, VcpuOptions};
+use kiln_vcpu_manager::{EndHooks, Error, KickSignal, VcpuManager, VcpuOptions};
 
 use crate::support::*;
 
@@ -145,7 +145,7 @@ fn vcpu_threads_leave_all_other_signals_to_the_embedder() {
         ..VcpuOptions::default()
     };
     let bus = Arc::new(Tells(Mutex::new(Some(sender))));
-    let manager = VcpuManager::start(vcpus, bus, options, Box::new(|_| {})).unwrap();
+    let manager = VcpuManager::start(vcpus, bus, options, EndHooks::default()).unwrap();
     assert_eq!(blocked(), [kick], "the starter's mask is as it was");
     let (name, blocked) = receive.recv_timeout(PATIENCE).unwrap();
     assert_eq!(name, "guest-0");

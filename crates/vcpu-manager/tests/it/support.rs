@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use kiln_device_api::{ExitRequest, VcpuBus};
-use kiln_vcpu_manager::{Error, MachineEnd, ReadMemory, VcpuManager, VcpuOptions};
+use kiln_vcpu_manager::{EndHooks, Error, MachineEnd, ReadMemory, VcpuManager, VcpuOptions};
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -339,7 +339,10 @@ impl Guest {
             vcpus,
             Arc::clone(&bus) as Arc<dyn VcpuBus>,
             options,
-            Box::new(on_end),
+            EndHooks {
+                on_end: Box::new(on_end),
+                ..EndHooks::default()
+            },
         )?;
         Ok(Started {
             manager,
