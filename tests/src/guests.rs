@@ -257,3 +257,17 @@ guest!(
     "5: .byte 0xba, 0xf8, 0x03, 0xb0, 0x31, 0xee, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4",
     ".space 32",
 );
+
+guest!(
+    /// Sets `DRIVER_OK` in the first virtio-mmio device without enabling any queue, writes to port
+    /// 0xf0, and runs for ever.
+    virtio_driver_ok,
+    "mov ebx, 0xd0000000",
+    "mov dword ptr [rbx + 0x70], 3",
+    "mov dword ptr [rbx + 0x24], 1",
+    "mov dword ptr [rbx + 0x20], 1",
+    "mov dword ptr [rbx + 0x70], 0xb",
+    "mov dword ptr [rbx + 0x70], 0xf",
+    "out 0xf0, al",
+    "2: jmp 2b",
+);

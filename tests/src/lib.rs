@@ -3,16 +3,20 @@
 //! | where | what lives there |
 //! |---|---|
 //! | [`guests`] | bare-metal guests of a few bytes, which run on any `/dev/kvm` |
+//! | [`machines`] | machines with these guests, and what a process has because of them |
 //! | [`elf`] | ELF images around them |
 //! | [`program`] | the `kiln` program as a process |
 //! | [`linux`] | Debian's kernels as its guests |
 //! | `tests/tiny_guests.rs` | the library with guests of a few bytes |
+//! | `tests/events.rs` | what a handle tells while its machine lives |
+//! | `tests/failures.rs` | every step of building and starting a machine, failing |
 //! | `tests/command_line.rs` | the `kiln` program with guests of a few bytes, and with bad input |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
 
 pub mod elf;
 pub mod guests;
 pub mod linux;
+pub mod machines;
 pub mod program;
 
 /// The programs in the documentation compile.

@@ -7,26 +7,12 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kiln_tests::guests;
+use kiln_tests::machines::{belongings, builder, end, is_alone, start};
+use kiln_tests::{guests, host};
 use kiln_vmm::{
     BusDevice, BusDeviceMut, Console, ConsoleInput, ConsoleOutput, CrashCause, Execution,
-    ExitRequest, Host, Kernel, MemorySize, VmBuilder, VmExit, VmHandle, VmState,
+    ExitRequest, MemorySize, VmBuilder, VmExit, VmHandle, VmState,
 };
-
-const LONG: Duration = Duration::from_secs(60);
-
-/// Skips the test where there is no KVM.
-macro_rules! host {
-    () => {
-        match Host::open() {
-            Ok(host) => Arc::new(host),
-            Err(error) => {
-                eprintln!("skipped: {error}");
-                return;
-            }
-        }
-    };
-}
 
 /// Collects what a guest prints.
 #[derive(Clone, Default)]
@@ -56,24 +42,6 @@ impl Write for Output {
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
-}
-
-fn builder(host: &Arc<Host>, code: &[u8]) -> VmBuilder {
-    VmBuilder::new()
-        .host(Arc::clone(host))
-        .memory(MemorySize::mib(16))
-        .kernel(Kernel::from_code(code).unwrap())
-}
-
-fn start(host: &Arc<Host>, code: &[u8]) -> VmHandle {
-    builder(host, code).build().unwrap().start().unwrap()
-}
-
-fn end(handle: &VmHandle) -> VmExit {
-    handle
-        .wait_timeout(LONG)
-        .unwrap()
-        .expect("the guest goes on")
 }
 
 #[test]
@@ -335,43 +303,6 @@ fn a_device_can_drop_the_last_handle_of_its_machine() {
         Arc::strong_count(&device) == 1
     });
     assert!(gone, "the machine still holds its device");
-}
-
-/// The threads, file descriptors and mappings of guests that this process has.
-fn belongings() -> (usize, usize, usize) {
-    let count = |folder| std::fs::read_dir(folder).unwrap().count();
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    // Guest RAM is the one kind of mapping here of 16 MiB; a thread's stack and the allocator's
-    // heaps come and go by rules of their own.
-    let ram = maps
-        .lines()
-        .filter(|line| length(line) >= 16 << 20 && !line.contains("---p"));
-    let kvm = maps.lines().filter(|line| line.contains("kvm"));
-    let mappings = ram.count() + kvm.count();
-    (count("/proc/self/task"), count("/proc/self/fd"), mappings)
-}
-
-/// The length in bytes of a mapping, from its line in the list of them.
-fn length(line: &str) -> u64 {
-    let range = line.split(' ').next().unwrap();
-    let (start, end) = range.split_once('-').unwrap();
-    let number = |text| u64::from_str_radix(text, 16).unwrap();
-    number(end) - number(start)
-}
-
-/// Runs `test` of this file again, in a process of its own, since other tests have threads and
-/// files too; says whether this is that process.
-fn is_alone(test: &str) -> bool {
-    if std::env::var_os("KILN_TEST_ALONE").is_some() {
-        return true;
-    }
-    let status = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test])
-        .env("KILN_TEST_ALONE", "1")
-        .status()
-        .unwrap();
-    assert!(status.success());
-    false
 }
 
 #[test]

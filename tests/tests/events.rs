@@ -1,0 +1,167 @@
+//! What a handle tells while its machine lives: needs `/dev/kvm`, and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::io::Read;
+
+use kiln_tests::machines::{LONG, builder, end, start};
+use kiln_tests::{guests, host};
+use kiln_vmm::virtio::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+use kiln_vmm::{CrashCause, VmEvent, VmExit};
+
+#[test]
+fn a_life_is_told_from_its_start_to_its_end() {
+    let host = host!();
+    let vm = builder(&host, guests::busy()).build().unwrap();
+    let events = vm.events().unwrap();
+    let handle = vm.start().unwrap();
+    handle.pause().unwrap();
+    handle.pause().unwrap();
+    let late = handle.events().unwrap();
+    handle.resume().unwrap();
+    handle.resume().unwrap();
+    handle.stop();
+    let all: Vec<_> = events.collect();
+    let stopped = VmEvent::Ended(VmExit::Stopped);
+    assert_eq!(
+        all,
+        [
+            VmEvent::Started,
+            VmEvent::Paused,
+            VmEvent::Resumed,
+            stopped.clone()
+        ]
+    );
+    let seen: Vec<_> = late.collect();
+    assert_eq!(seen, [VmEvent::Resumed, stopped.clone()]);
+    let after: Vec<_> = handle.events().unwrap().collect();
+    assert_eq!(after, [stopped]);
+}
+
+#[test]
+fn the_end_is_told_though_nobody_waits_and_is_known_then() {
+    let host = host!();
+    for (code, exit) in [
+        (guests::power_off(), VmExit::Shutdown),
+        (guests::acpi_reset(), VmExit::Reset),
+    ] {
+        let handle = start(&host, code);
+        let events = handle.events().unwrap();
+        assert_eq!(
+            events.recv_timeout(LONG),
+            Some(VmEvent::Ended(exit.clone()))
+        );
+        assert_eq!(handle.try_wait().unwrap(), Some(exit));
+        assert!(events.is_over());
+    }
+}
+
+#[test]
+fn the_last_output_is_written_when_the_end_is_told() {
+    let host = host!();
+    let (mut output, writer) = std::io::pipe().unwrap();
+    let console = kiln_vmm::Console::new(
+        kiln_vmm::ConsoleInput::null(),
+        kiln_vmm::ConsoleOutput::fd(writer.into()),
+    );
+    let vm = builder(&host, guests::hello())
+        .serial(console)
+        .build()
+        .unwrap();
+    let events = vm.events().unwrap();
+    let _handle = vm.start().unwrap();
+    let last = events.last();
+    assert_eq!(last, Some(VmEvent::Ended(VmExit::Shutdown)));
+    let mut text = [0; 6];
+    output.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"hello\n");
+}
+
+#[test]
+fn a_guest_that_panics_is_told_before_its_machine_ends() {
+    let host = host!();
+    let vm = builder(&host, guests::panic()).build().unwrap();
+    let events = vm.events().unwrap();
+    let _handle = vm.start().unwrap();
+    let all: Vec<_> = events.collect();
+    assert_eq!(
+        all,
+        [
+            VmEvent::Started,
+            VmEvent::GuestPanic,
+            VmEvent::Ended(VmExit::GuestPanic)
+        ]
+    );
+}
+
+#[test]
+fn a_crash_is_told_with_its_cause() {
+    let host = host!();
+    let vm = builder(&host, guests::triple_fault()).build().unwrap();
+    let events = vm.events().unwrap();
+    let _handle = vm.start().unwrap();
+    match events.last() {
+        Some(VmEvent::Ended(VmExit::Crash(crash))) => {
+            assert_eq!(crash.cause, CrashCause::TripleFault);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn streams_of_a_machine_that_never_starts_or_is_dropped_end() {
+    let host = host!();
+    let vm = builder(&host, guests::busy()).build().unwrap();
+    let events = vm.events().unwrap();
+    drop(vm);
+    assert_eq!(events.recv(), None);
+
+    let handle = start(&host, guests::busy());
+    let events = handle.events().unwrap();
+    drop(handle);
+    assert_eq!(events.recv(), Some(VmEvent::Ended(VmExit::Stopped)));
+    assert_eq!(events.recv(), None);
+}
+
+/// A device that panics whenever its queues are taken from it.
+struct PanicsAtRest;
+
+impl VirtioDevice for PanicsAtRest {
+    fn device_type(&self) -> u32 {
+        42
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[16]
+    }
+    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+    fn activate(&mut self, _activation: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+    fn deactivate(&mut self) -> Vec<ActiveQueue> {
+        panic!("no rest for this device")
+    }
+}
+
+#[test]
+fn a_device_that_panics_at_rest_ends_its_machine_and_not_the_thread_that_pauses() {
+    let host = host!();
+    for pause in [true, false] {
+        let vm = builder(&host, guests::virtio_driver_ok())
+            .virtio_device("panics", PanicsAtRest)
+            .build()
+            .unwrap();
+        let handle = vm.start().unwrap();
+        while handle.exit_counts()[0].pio_out == 0 {
+            std::thread::yield_now();
+        }
+        if pause {
+            assert!(handle.pause().is_err());
+        } else {
+            handle.stop();
+        }
+        let expected = "a device panicked: no rest for this device".to_owned();
+        assert_eq!(end(&handle), VmExit::DeviceFailure(expected));
+    }
+}
