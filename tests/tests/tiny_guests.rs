@@ -402,3 +402,39 @@ fn what_cannot_be_built_is_refused_in_one_line() {
         "{text}"
     );
 }
+
+#[test]
+fn the_vfio_device_is_made_once_and_refuses_what_is_not_vfio() {
+    let host = host!();
+    let mut vm = builder(&host, guests::power_off()).build().unwrap();
+    let device = match vm.vfio() {
+        Ok(device) => device,
+        Err(error) => {
+            let text = error.to_string();
+            assert_eq!(text, "create a VFIO device in KVM (KVM_CREATE_DEVICE)");
+            return eprintln!("skipped: {error}: {:?}", std::error::Error::source(&error));
+        }
+    };
+    let again = vm.vfio().unwrap();
+    assert!(Arc::ptr_eq(&device, &again));
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let error = device.add_file(&file).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "KVM_DEV_VFIO_FILE_ADD (KVM_SET_DEVICE_ATTR)"
+    );
+    assert!(device.remove_file(&file).is_err());
+    assert_eq!(end(&vm.start().unwrap()), VmExit::Shutdown);
+}
+
+#[test]
+fn the_fds_of_a_machine_can_be_used_before_its_start() {
+    let host = host!();
+    assert!(host.capabilities().has("KVM_CAP_USER_MEMORY"));
+    let vm = builder(&host, guests::busy()).build().unwrap();
+    let mut regs = vm.vcpu_fds()[0].get_regs().unwrap();
+    regs.rax = 0x34;
+    vm.vcpu_fds()[0].set_regs(&regs).unwrap();
+    assert_eq!(vm.vcpu_fds()[0].get_regs().unwrap().rax, 0x34);
+    assert!(vm.vm_fd().check_extension_raw(32) > 0);
+}

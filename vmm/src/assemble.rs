@@ -67,6 +67,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             _io: io,
             failure,
             events: Arc::default(),
+            vfio: None,
             vm,
         },
         vcpus,

@@ -99,6 +99,28 @@ pub enum BuildError {
     },
 }
 
+/// Why a device in KVM could not be had, or not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// KVM did not create the device.
+    #[error("create a {kind} device in KVM (KVM_CREATE_DEVICE)")]
+    Create {
+        /// The kind of device.
+        kind: &'static str,
+        /// What the system said: `ENODEV` where KVM on this host has no such device.
+        source: io::Error,
+    },
+    /// The device refused an attribute.
+    #[error("{name} (KVM_SET_DEVICE_ATTR)")]
+    Attribute {
+        /// The attribute.
+        name: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
 /// Why a handle could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

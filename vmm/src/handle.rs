@@ -10,7 +10,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::events::EventSource;
 use crate::machine::{Machine, SERIAL_PATIENCE, STOPPED_SERIAL_PATIENCE};
-use crate::{Events, HandleError, VmEvent, VmExit};
+use crate::{DeviceError, Events, HandleError, VfioDevice, VmEvent, VmExit};
 
 /// A virtual machine that is built and has not started. Dropping it leaves nothing behind.
 #[must_use = "a virtual machine does nothing until it is started"]
@@ -30,6 +30,16 @@ impl Vm {
     /// with.
     pub fn vcpu_fds(&self) -> &[VcpuFd] {
         self.vcpus.fds()
+    }
+
+    /// KVM's VFIO device of this machine, made the first time. It lives as long as the machine, and
+    /// longer where the `Arc` is kept.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError::Create`] where KVM on this host has none.
+    pub fn vfio(&mut self) -> Result<Arc<VfioDevice>, DeviceError> {
+        self.machine.vfio()
     }
 
     /// The machine's events, from before its start.

@@ -3,10 +3,13 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::Capabilities;
 
 /// Where KVM's system device is.
 const KVM_PATH: &str = "/dev/kvm";
@@ -100,6 +103,7 @@ pub struct Host {
     supported_cpuid: CpuId,
     msrs: Vec<u32>,
     max_vcpus: u32,
+    capabilities: OnceLock<Capabilities>,
 }
 
 impl Host {
@@ -143,6 +147,7 @@ impl Host {
             supported_cpuid,
             msrs: msrs.as_slice().to_vec(),
             max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX),
+            capabilities: OnceLock::new(),
             kvm,
         })
     }
@@ -152,9 +157,20 @@ impl Host {
         self.max_vcpus
     }
 
-    /// Whether KVM here has a capability.
-    pub fn has(&self, capability: Cap) -> bool {
-        self.kvm.check_extension(capability)
+    /// What KVM here says it can do, by name; asked the first time that somebody wants to know.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # if !std::path::Path::new("/dev/kvm").exists() { return Ok(()); }
+    /// let host = kiln_vmm::Host::open()?;
+    /// assert!(host.capabilities().has("KVM_CAP_IRQFD"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn capabilities(&self) -> &Capabilities {
+        self.capabilities.get_or_init(|| {
+            Capabilities::probe(|number| self.kvm.check_extension_raw(number.into()))
+        })
     }
 
     /// The CPUID leaves that KVM can give a guest here.

@@ -19,8 +19,9 @@
 //! | `handle`, `exit` | [`Vm`], [`VmHandle`], [`VmExit`] |
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
 //! | `disk`, `net` | [`Disk`], [`Net`] |
-//! | `host` | [`Host`]: what this host's KVM can do |
+//! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
 //! | `kvm` | the VM fd |
+//! | `vfio` | [`VfioDevice`], a device fd |
 //! | `error` | [`BuildError`], [`HandleError`] |
 //! | [`virtio`] | what a virtio device of your own is made of |
 //!
@@ -75,6 +76,7 @@
 
 mod assemble;
 mod builder;
+mod capabilities;
 pub mod config;
 mod disk;
 mod error;
@@ -86,11 +88,13 @@ mod kvm;
 mod machine;
 mod net;
 mod vcpu;
+mod vfio;
 
 pub use builder::VmBuilder;
+pub use capabilities::Capabilities;
 pub use config::VmConfig;
 pub use disk::Disk;
-pub use error::{BuildError, HandleError};
+pub use error::{BuildError, DeviceError, HandleError};
 pub use events::{Events, VmEvent};
 pub use exit::VmExit;
 pub use handle::{Vm, VmHandle, VmState};
@@ -103,6 +107,7 @@ pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};
 pub use net::Net;
+pub use vfio::VfioDevice;
 
 /// What a virtio device of your own is made of, for [`VmBuilder::virtio_device`].
 pub mod virtio {

@@ -14,6 +14,7 @@ use kiln_virtio_device::MmioTransport;
 
 use crate::events::EventSource;
 use crate::kvm::KvmVm;
+use crate::{DeviceError, VfioDevice};
 
 /// How long the end of a guest waits for a console that does not take the serial port's last
 /// output.
@@ -35,6 +36,8 @@ pub(crate) struct Machine {
     pub(crate) _io: IoThread,
     pub(crate) failure: Arc<DeviceFailure>,
     pub(crate) events: Arc<EventSource>,
+    /// KVM's VFIO device, where somebody asked for it.
+    pub(crate) vfio: Option<Arc<VfioDevice>>,
     pub(crate) vm: Arc<KvmVm>,
 }
 
@@ -49,6 +52,14 @@ impl Machine {
 
     pub(crate) fn failure(&self) -> Arc<DeviceFailure> {
         Arc::clone(&self.failure)
+    }
+
+    pub(crate) fn vfio(&mut self) -> Result<Arc<VfioDevice>, DeviceError> {
+        let device = match self.vfio.take() {
+            Some(device) => device,
+            None => Arc::new(VfioDevice::create(self.vm.fd())?),
+        };
+        Ok(Arc::clone(self.vfio.insert(device)))
     }
 
     pub(crate) fn press_power_button(&self) {
