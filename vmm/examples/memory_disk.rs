@@ -10,7 +10,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use guests::{DATA, Guest};
-use kiln_vmm::{BlockBackend, Console, Disk, GuestSlice};
+use kiln_vmm::{BlockBackend, Console, Disk, GuestSlice, gather_into, scatter};
 
 const SECTOR: u32 = 512;
 
@@ -29,25 +29,14 @@ impl BlockBackend for MemoryDisk {
         self.bytes().len() as u64
     }
 
-    fn is_read_only(&self) -> bool {
-        false
-    }
-
     // A request never passes the size of the disk, so nothing here can be out of bounds.
     fn read_at(&mut self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        let (bytes, mut at) = (self.bytes(), offset as usize);
-        for buffer in buffers {
-            buffer.copy_from(&bytes[at..]);
-            at += buffer.len();
-        }
+        scatter(&self.bytes()[offset as usize..], buffers);
         Ok(())
     }
 
     fn write_at(&mut self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        let (mut bytes, mut at) = (self.bytes(), offset as usize);
-        for buffer in buffers {
-            at += buffer.copy_to(&mut bytes[at..]);
-        }
+        gather_into(&mut self.bytes()[offset as usize..], buffers);
         Ok(())
     }
 

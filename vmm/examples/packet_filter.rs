@@ -14,7 +14,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use guests::{DATA, Guest};
 use kiln_vmm::{
-    Captured, Console, ConsoleInput, ConsoleOutput, GuestSlice, Net, NetBackend, Offloads, VmHandle,
+    Captured, Console, ConsoleInput, ConsoleOutput, GuestSlice, Net, NetBackend, VmHandle, gather,
+    scatter,
 };
 
 /// A packet is a header of virtio (12 bytes) and an Ethernet frame, whose type is at 12.
@@ -34,21 +35,9 @@ impl NetBackend for Filter {
         self.wire.as_fd()
     }
 
-    fn offloads(&self) -> Offloads {
-        Offloads::default() // none: every packet comes with its checksum, and in one piece
-    }
-
-    fn set_offloads(&mut self, _guest: Offloads) -> io::Result<()> {
-        Ok(())
-    }
-
     fn send(&mut self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
         // Copied first and judged then: the guest could change its own memory in between.
-        let mut bytes = vec![0; packet.iter().map(|slice| slice.len()).sum()];
-        let mut at = 0;
-        for slice in packet {
-            at += slice.copy_to(&mut bytes[at..]);
-        }
+        let bytes = gather(packet);
         let rest = bytes.get(ETHER_TYPE..).unwrap_or_default();
         if rest.starts_with(&FORBIDDEN) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -60,13 +49,7 @@ impl NetBackend for Filter {
     fn receive(&mut self, buffers: &[GuestSlice<'_>]) -> io::Result<usize> {
         let mut bytes = vec![0; LARGEST_PACKET];
         let len = self.wire.recv(&mut bytes)?;
-        let mut rest = &bytes[..len];
-        for buffer in buffers {
-            let (now, later) = rest.split_at(rest.len().min(buffer.len()));
-            buffer.copy_from(now);
-            rest = later;
-        }
-        Ok(len)
+        Ok(scatter(&bytes[..len], buffers))
     }
 }
 

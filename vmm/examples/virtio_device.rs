@@ -10,10 +10,10 @@ use std::io;
 use guests::Buffer::Writable;
 use guests::{DATA, Guest};
 use kiln_vmm::Console;
-use kiln_vmm::virtio::{
-    ActivateError, Activation, ActiveQueue, QueueError, QueueHandler, Registrar, Turn,
-    VirtioDevice, Worker,
-};
+use kiln_vmm::virtio::{QueueError, QueueHandler, Registrar, SimpleDevice, Turn};
+
+/// The device type (virtio 1.3, section 5.4).
+const ENTROPY: u32 = 4;
 
 /// What the device does with the buffers that the guest gives it, on the machine's I/O thread.
 struct Dice;
@@ -30,33 +30,6 @@ impl QueueHandler for Dice {
     }
 }
 
-/// What the device is; the worker moves the handler to the I/O thread and takes it back.
-struct DiceDevice(Worker<Dice>);
-
-impl VirtioDevice for DiceDevice {
-    fn device_type(&self) -> u32 {
-        4 // entropy (virtio 1.3, section 5.4)
-    }
-
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queue_max_sizes(&self) -> &[u16] {
-        &[64]
-    }
-
-    fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
-
-    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.0.activate(activation)
-    }
-
-    fn deactivate(&mut self) -> Vec<ActiveQueue> {
-        self.0.deactivate()
-    }
-}
-
 fn main() -> Result<(), Box<dyn Error>> {
     let vm = Guest::new()
         .start_virtio(0, 1)
@@ -67,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .print("\n")
         .power_off()
         .machine()?
-        .virtio_device("dice", DiceDevice(Worker::new(Dice)))
+        .virtio_device("dice", SimpleDevice::new(ENTROPY, [64], Dice))
         .serial(Console::writer(io::stdout()))
         .build()?;
     println!("{}", vm.start()?.wait()?);

@@ -105,6 +105,7 @@ pub use kiln_devices::legacy::serial::{Captured, Console, ConsoleInput, ConsoleO
 pub use kiln_devices::virtio::block::{BlockBackend, RawFile, RawFileError};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
+pub use kiln_memory::{gather, gather_into, scatter};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};
 pub use net::Net;
 pub use vfio::VfioDevice;
@@ -114,6 +115,6 @@ pub mod virtio {
     pub use kiln_io_thread::{EventSet, IoEvent, Registrar};
     pub use kiln_virtio_device::{
         ActivateError, Activation, ActiveQueue, Chain, GuestBuffers, InterruptEvent, QueueError,
-        QueueHandler, Turn, VirtioDevice, VirtioInterrupt, Worker,
+        QueueHandler, SimpleDevice, Turn, VirtioDevice, VirtioInterrupt, Worker,
     };
 }

@@ -9,6 +9,7 @@
 //! | `size` | [`MemorySize`]: how much RAM, as people write it |
 //! | `options` | [`MemoryOptions`], [`Backing`], [`HugePages`] |
 //! | `allocate` | [`allocate`]: regions to mappings |
+//! | `slices` | [`scatter`], [`gather`]: copies to and from guest RAM in pieces |
 //! | `error` | [`Error`] |
 //!
 //! # Example
@@ -32,6 +33,7 @@ mod allocate;
 mod error;
 mod options;
 mod size;
+mod slices;
 
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
@@ -40,6 +42,7 @@ pub use allocate::allocate;
 pub use error::{Error, HugePageSize};
 pub use options::{Backing, HugePages, MemoryOptions};
 pub use size::{MemorySize, ParseMemorySizeError};
+pub use slices::{gather, gather_into, scatter};
 
 /// The bitmap of the pages that the VMM itself has written, where the log of dirty pages is on.
 pub type DirtyBitmap = Option<AtomicBitmap>;

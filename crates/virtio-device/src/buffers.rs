@@ -1,6 +1,6 @@
 //! The buffers of a request as pieces of guest RAM, to be read and written without a copy.
 
-use kiln_memory::{GuestMemory, GuestSlice};
+use kiln_memory::{GuestMemory, GuestSlice, gather_into, scatter};
 use virtio_queue::DescriptorChain;
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend};
 
@@ -113,13 +113,7 @@ impl<'m> GuestBuffers<'m> {
     /// [`ShortBuffer`] where there are not that many bytes; nothing is taken then.
     pub fn read(&mut self, data: &mut [u8]) -> Result<(), ShortBuffer> {
         self.check(data.len())?;
-        let mut done = 0;
-        for slice in self.slices() {
-            if done == data.len() {
-                break;
-            }
-            done += slice.copy_to(&mut data[done..]);
-        }
+        gather_into(data, self.slices());
         self.skip(data.len())
     }
 
@@ -130,15 +124,7 @@ impl<'m> GuestBuffers<'m> {
     /// [`ShortBuffer`] where there are not that many bytes; nothing is written or taken then.
     pub fn write(&mut self, data: &[u8]) -> Result<(), ShortBuffer> {
         self.check(data.len())?;
-        let mut rest = data;
-        for slice in self.slices() {
-            if rest.is_empty() {
-                break;
-            }
-            let (now, later) = rest.split_at(rest.len().min(slice.len()));
-            slice.copy_from(now);
-            rest = later;
-        }
+        scatter(data, self.slices());
         self.skip(data.len())
     }
 

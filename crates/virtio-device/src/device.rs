@@ -23,8 +23,10 @@ pub trait VirtioDevice: Send {
     /// 1.3, section 2.2). The others belong to the transport and the rings, which add their own
     /// (`VERSION_1`, `RING_INDIRECT_DESC` and `RING_EVENT_IDX`) and take out what is set here.
     ///
-    /// Asked once, when the device is given to its transport.
-    fn features(&self) -> u64;
+    /// Asked once, when the device is given to its transport. By default there are none.
+    fn features(&self) -> u64 {
+        0
+    }
 
     /// The largest size, in descriptors, of each of the device's queues: for each a power of two
     /// of at most 32768.
@@ -40,8 +42,10 @@ pub trait VirtioDevice: Send {
     }
 
     /// Reads the device-specific configuration at `offset` bytes. `data` comes filled with zeros;
-    /// what lies beyond the configuration stays so.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// what lies beyond the configuration stays so. By default there is none.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let _ = (offset, data);
+    }
 
     /// Writes the device-specific configuration at `offset` bytes. Most devices have nothing to
     /// write to.

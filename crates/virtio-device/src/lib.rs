@@ -8,7 +8,8 @@
 //! and unplug.
 //!
 //! Most devices only say what to do with the buffers of a queue, as a [`QueueHandler`], and leave
-//! the rest to a [`Worker`], which runs the handler on an I/O thread. There the driver's
+//! the rest to a [`Worker`], which runs the handler on an I/O thread; a [`SimpleDevice`] is a whole
+//! device around one. There the driver's
 //! notifications and interrupts are decided (event index, batches), busy queues take turns, and a
 //! ring that no driver should write makes the device say `DEVICE_NEEDS_RESET`.
 //!
@@ -20,6 +21,7 @@
 //! | `mmio` | [`MmioTransport`] |
 //! | `buffers` | [`GuestBuffers`]: descriptor chains as slices of guest RAM, with no copy |
 //! | `worker` | [`QueueHandler`], [`Worker`], [`Turn`] and [`Chain`] |
+//! | `simple` | [`SimpleDevice`] |
 //! | `state` | [`CoreState`], [`MmioState`], [`QueueState`]: state to be stored |
 //! | `testing` | a mock driver and an interrupt recorder (feature `test-utils`) |
 //!
@@ -31,9 +33,7 @@
 //! ```
 //! use kiln_io_thread::Registrar;
 //! use kiln_virtio_device::testing::{Buffer, MockDriver};
-//! use kiln_virtio_device::{
-//!     ActivateError, Activation, ActiveQueue, QueueError, QueueHandler, Turn, VirtioDevice, Worker,
-//! };
+//! use kiln_virtio_device::{QueueError, QueueHandler, SimpleDevice, Turn};
 //!
 //! struct Dice;
 //!
@@ -49,28 +49,8 @@
 //!     }
 //! }
 //!
-//! struct DiceDevice(Worker<Dice>);
-//!
-//! impl VirtioDevice for DiceDevice {
-//!     fn device_type(&self) -> u32 {
-//!         4 // entropy (virtio 1.3, section 5.4)
-//!     }
-//!     fn features(&self) -> u64 {
-//!         0
-//!     }
-//!     fn queue_max_sizes(&self) -> &[u16] {
-//!         &[64]
-//!     }
-//!     fn read_config(&self, _: u64, _: &mut [u8]) {}
-//!     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-//!         self.0.activate(activation)
-//!     }
-//!     fn deactivate(&mut self) -> Vec<ActiveQueue> {
-//!         self.0.deactivate()
-//!     }
-//! }
-//!
-//! let mut driver = MockDriver::new(Box::new(DiceDevice(Worker::new(Dice))));
+//! let device = SimpleDevice::new(4, [64], Dice); // entropy (virtio 1.3, section 5.4)
+//! let mut driver = MockDriver::new(Box::new(device));
 //! driver.start(0, 64);
 //! let written = driver.request(0, &[Buffer::writable(0x1000, 8)]);
 //! assert_eq!(written, 8);
@@ -85,6 +65,7 @@ mod device;
 mod error;
 mod interrupt;
 mod mmio;
+mod simple;
 mod state;
 mod status;
 #[cfg(test)]
@@ -98,5 +79,6 @@ pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_conf
 pub use error::TransportError;
 pub use interrupt::{InterruptEvent, VirtioInterrupt};
 pub use mmio::MmioTransport;
+pub use simple::SimpleDevice;
 pub use state::{CoreState, MmioState, QueueState};
 pub use worker::{Chain, QueueError, QueueHandler, Turn, Worker};

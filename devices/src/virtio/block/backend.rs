@@ -18,8 +18,10 @@ pub trait BlockBackend: Send + 'static {
     fn size(&self) -> u64;
 
     /// Whether the disk cannot be written, which does not change either. Such a disk is never
-    /// asked to.
-    fn is_read_only(&self) -> bool;
+    /// asked to. By default it can.
+    fn is_read_only(&self) -> bool {
+        false
+    }
 
     /// Fills `buffers`, in their order, from `offset` bytes on.
     ///

@@ -28,16 +28,21 @@ pub trait NetBackend: Send + 'static {
     fn readiness(&self) -> BorrowedFd<'_>;
 
     /// The work that it takes over for packets that it sends, and leaves to the guest, if the
-    /// guest can, for those that it receives.
-    fn offloads(&self) -> Offloads;
+    /// guest can, for those that it receives. By default that is none.
+    fn offloads(&self) -> Offloads {
+        Offloads::default()
+    }
 
     /// The driver is ready, and takes packets with these offloads: a subset of
-    /// [`offloads`](Self::offloads).
+    /// [`offloads`](Self::offloads). A backend that has any implements both.
     ///
     /// # Errors
     ///
     /// Any error, which makes the activation of the device fail.
-    fn set_offloads(&mut self, guest: Offloads) -> io::Result<()>;
+    fn set_offloads(&mut self, guest: Offloads) -> io::Result<()> {
+        let _ = guest;
+        Ok(())
+    }
 
     /// Sends a packet. The guest may change it meanwhile, and its header may be nonsense.
     ///

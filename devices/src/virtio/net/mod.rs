@@ -17,7 +17,7 @@
 //!
 //! ```
 //! use kiln_devices::virtio::net::{MacAddress, Net, NetBackend, NetOptions, Offloads};
-//! use kiln_memory::GuestSlice;
+//! use kiln_memory::{GuestSlice, gather, scatter};
 //! use std::io;
 //! use std::os::fd::{AsFd, BorrowedFd};
 //! use std::os::unix::net::UnixDatagram;
@@ -28,31 +28,13 @@
 //!     fn readiness(&self) -> BorrowedFd<'_> {
 //!         self.1.as_fd()
 //!     }
-//!     fn offloads(&self) -> Offloads {
-//!         Offloads::default()
-//!     }
-//!     fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
-//!         Ok(())
-//!     }
 //!     fn send(&mut self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
-//!         let mut bytes = Vec::new();
-//!         for slice in packet {
-//!             let start = bytes.len();
-//!             bytes.resize(start + slice.len(), 0);
-//!             slice.copy_to(&mut bytes[start..]);
-//!         }
-//!         self.0.send(&bytes).map(drop)
+//!         self.0.send(&gather(packet)).map(drop)
 //!     }
 //!     fn receive(&mut self, buffers: &[GuestSlice<'_>]) -> io::Result<usize> {
 //!         let mut bytes = vec![0; 65_600];
 //!         let len = self.1.recv(&mut bytes)?;
-//!         let mut rest = &bytes[..len];
-//!         for buffer in buffers {
-//!             let (now, later) = rest.split_at(rest.len().min(buffer.len()));
-//!             buffer.copy_from(now);
-//!             rest = later;
-//!         }
-//!         Ok(len)
+//!         Ok(scatter(&bytes[..len], buffers))
 //!     }
 //! }
 //!

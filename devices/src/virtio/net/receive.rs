@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::Ordering;
 
-use kiln_memory::{GuestMemory, GuestSlice, MemoryOptions, allocate};
+use kiln_memory::{GuestMemory, GuestSlice, MemoryOptions, allocate, gather_into, scatter};
 use kiln_virtio_device::{Chain, QueueError, Turn};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -90,23 +90,16 @@ impl<'m> Ring<'m> {
     }
 
     /// Copies `bytes` into the chains.
-    fn write(&self, mut bytes: &[u8]) {
-        for slice in self.slices() {
-            let (now, later) = bytes.split_at(bytes.len().min(slice.len()));
-            slice.copy_from(now);
-            bytes = later;
-        }
+    fn write(&self, bytes: &[u8]) {
+        scatter(bytes, self.slices());
     }
 
     /// Appends the first `len` bytes of the chains to `bytes`.
-    fn copy_to(&self, mut len: usize, bytes: &mut Vec<u8>) {
-        for slice in self.slices() {
-            let start = bytes.len();
-            let count = len.min(slice.len());
-            bytes.resize(start + count, 0);
-            slice.copy_to(&mut bytes[start..]);
-            len -= count;
-        }
+    fn copy_to(&self, len: usize, bytes: &mut Vec<u8>) {
+        let start = bytes.len();
+        bytes.resize(start + len, 0);
+        let copied = gather_into(&mut bytes[start..], self.slices());
+        bytes.truncate(start + copied);
     }
 
     /// Gives the packet of `len` bytes that the first chains hold to the driver.
