@@ -47,6 +47,23 @@ pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole for devices.
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 
+/// Where the BARs of PCI devices are. There is no window above RAM: no device of ours needs more
+/// room than this one has.
+pub const PCI_MEMORY_START: u64 = MMIO_HOLE_START;
+/// The bytes that the BARs of PCI devices may take together.
+pub const PCI_MEMORY_SIZE: u64 = VIRTIO_MMIO_START - PCI_MEMORY_START;
+/// Where the configuration space of PCI bus 0 is in memory (ECAM).
+pub const PCI_CONFIG_START: u64 = 0xf000_0000;
+/// The bytes of a bus's configuration space.
+pub const PCI_CONFIG_SIZE: u64 = 0x10_0000;
+/// The first of the ports that lead to configuration space (configuration mechanism #1).
+pub const PCI_CONFIG_PORT: u16 = 0xcf8;
+/// The ports that lead to configuration space.
+pub const PCI_CONFIG_PORT_COUNT: u16 = 8;
+/// The interrupts of the four lines that INTx pins of PCI devices are wired to, level-triggered and
+/// active low. They are above 15, which software takes for the edge-triggered ones of a PC.
+pub const PCI_INTX_GSIS: [u32; 4] = [20, 21, 22, 23];
+
 /// Where virtio-mmio devices are placed.
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 /// The bytes that the virtio-mmio devices may take together.
@@ -183,7 +200,9 @@ mod tests {
             (EBDA_START, 0x400),
             (ACPI_TABLES_START, ACPI_TABLES_SIZE),
             (KERNEL_MIN_START, MMIO_HOLE_START - KERNEL_MIN_START),
+            (PCI_MEMORY_START, PCI_MEMORY_SIZE),
             (VIRTIO_MMIO_START, VIRTIO_MMIO_SIZE),
+            (PCI_CONFIG_START, PCI_CONFIG_SIZE),
             (IOAPIC_START, IOAPIC_SIZE),
             (LAPIC_START, 0x1000),
             (KVM_IDENTITY_MAP_START, 0x1000),

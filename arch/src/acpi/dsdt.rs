@@ -8,7 +8,9 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use super::{AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, SerialPort, VirtioMmio, to_bytes};
+use super::{
+    AcpiConfig, OEM_ID, OEM_REVISION, OEM_TABLE_ID, SerialPort, VirtioMmio, pci, to_bytes,
+};
 use crate::layout::{
     ACPI_S5_SLEEP_TYPE, GED_GSI, GED_PORT, GED_POWER_BUTTON, I8042_PORT, I8042_PORT_COUNT,
     PVPANIC_PORT, RTC_PORT, RTC_PORT_COUNT, SERIAL_PORT_COUNT,
@@ -58,6 +60,9 @@ fn devices(config: &AcpiConfig) -> Vec<u8> {
     for (number, device) in config.virtio_mmio.iter().enumerate() {
         aml.extend(virtio_mmio(number, *device));
     }
+    if let Some(root) = &config.pci {
+        aml.extend(pci::devices(root));
+    }
     aml
 }
 
@@ -66,19 +71,19 @@ fn interrupt(gsi: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, gsi)
 }
 
-fn ports(first: u16, count: u16) -> IO {
+pub(super) fn ports(first: u16, count: u16) -> IO {
     IO::new(first, first, 1, count as u8)
 }
 
-fn resources(children: Vec<&dyn Aml>) -> Name {
+pub(super) fn resources(children: Vec<&dyn Aml>) -> Name {
     Name::new(Path::new("_CRS"), &ResourceTemplate::new(children))
 }
 
-fn hardware_id(id: &dyn Aml) -> Name {
+pub(super) fn hardware_id(id: &dyn Aml) -> Name {
     Name::new(Path::new("_HID"), id)
 }
 
-fn unique_id(id: &dyn Aml) -> Name {
+pub(super) fn unique_id(id: &dyn Aml) -> Name {
     Name::new(Path::new("_UID"), id)
 }
 
@@ -144,7 +149,7 @@ fn byte_register(region: &str, name: &str, port: &u16) -> Vec<u8> {
 }
 
 /// AML that is bytes already.
-struct Raw(Vec<u8>);
+pub(super) struct Raw(pub(super) Vec<u8>);
 
 impl Aml for Raw {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {

@@ -10,6 +10,7 @@
 mod dsdt;
 mod fadt;
 mod madt;
+mod pci;
 
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
@@ -64,6 +65,8 @@ pub struct AcpiConfig {
     pub power_button: bool,
     /// The virtio-mmio devices, in the order in which the guest shall find them.
     pub virtio_mmio: Vec<VirtioMmio>,
+    /// The PCI bus, where there is one.
+    pub pci: Option<PciRoot>,
 }
 
 /// A 16550 serial port.
@@ -91,6 +94,26 @@ pub struct VirtioMmio {
     /// The bytes that they take.
     pub size: u64,
     /// Its interrupt, edge-triggered.
+    pub gsi: u32,
+}
+
+/// The one PCI bus, whose places are those of [`layout`]: configuration space at
+/// [`layout::PCI_CONFIG_START`] and at [`layout::PCI_CONFIG_PORT`], and BARs from
+/// [`layout::PCI_MEMORY_START`] on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PciRoot {
+    /// How INTx pins are wired: all pins of all slots that a device may be in.
+    pub interrupts: Vec<PciInterrupt>,
+}
+
+/// The interrupt of an INTx pin, level-triggered and active low.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PciInterrupt {
+    /// The slot, up to 31, of whose devices it is.
+    pub slot: u8,
+    /// The pin, 0 for `INTA#` to 3 for `INTD#`.
+    pub pin: u8,
+    /// The interrupt that it is wired to.
     pub gsi: u32,
 }
 
@@ -135,8 +158,8 @@ impl AcpiTables {
 /// # Errors
 ///
 /// [`Error::Acpi`] where a table would not hold what is described: no vCPU or too many, a device
-/// above 4 GiB or of no size, an interrupt that the IOAPIC has no pin for, or more than
-/// [`ACPI_TABLES_SIZE`] in all.
+/// above 4 GiB or of no size, an interrupt that the IOAPIC has no pin for, a PCI slot or pin that no
+/// bus has, or more than [`ACPI_TABLES_SIZE`] in all.
 pub fn build(config: &AcpiConfig, base: u64) -> Result<AcpiTables, Error> {
     check(config, base)?;
     let mut tables = Vec::with_capacity(0x1000);
@@ -145,8 +168,10 @@ pub fn build(config: &AcpiConfig, base: u64) -> Result<AcpiTables, Error> {
     let fadt = place(&mut tables, base, &fadt::build(config, dsdt));
     let madt = place(&mut tables, base, &madt::build(&config.apic_ids));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [fadt, madt] {
-        xsdt.add_entry(table);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    if config.pci.is_some() {
+        xsdt.add_entry(place(&mut tables, base, &pci::mcfg()));
     }
     let xsdt = place(&mut tables, base, &to_bytes(&xsdt));
     tables[..Rsdp::len()].copy_from_slice(&to_bytes(&Rsdp::new(OEM_ID, xsdt)));
@@ -185,13 +210,17 @@ fn check(config: &AcpiConfig, base: u64) -> Result<(), Error> {
     if cpus == 0 || cpus > crate::cpuid::MAX_VCPUS as usize {
         return fail(format!("cannot describe {cpus} vCPUs"));
     }
-    let serial = config.serial.map(|serial| serial.gsi);
-    for gsi in config
-        .virtio_mmio
-        .iter()
-        .map(|device| device.gsi)
-        .chain(serial)
+    let serial = config.serial.iter().map(|serial| serial.gsi);
+    let pci = config.pci.iter().flat_map(|pci| &pci.interrupts);
+    if let Some(PciInterrupt { slot, pin, .. }) = pci
+        .clone()
+        .find(|interrupt| interrupt.slot >= pci::SLOTS || interrupt.pin >= pci::PINS)
     {
+        return fail(format!("cannot describe pin {pin} of PCI slot {slot}"));
+    }
+    let pci = pci.map(|interrupt| interrupt.gsi);
+    let virtio_mmio = config.virtio_mmio.iter().map(|device| device.gsi);
+    for gsi in virtio_mmio.chain(serial).chain(pci) {
         if gsi >= layout::IOAPIC_PINS {
             return fail(format!(
                 "cannot describe interrupt {gsi}: the IOAPIC has no such pin"

@@ -10,6 +10,20 @@ fn full() -> AcpiConfig {
         pvpanic: true,
         power_button: true,
         virtio_mmio: devices(3),
+        pci: Some(root(31)),
+    }
+}
+
+/// A bus with all pins of so many slots.
+fn root(slots: u8) -> PciRoot {
+    let pins = |slot| (0..4).map(move |pin| (slot, pin));
+    let interrupts = (1..=slots).flat_map(pins).map(|(slot, pin)| PciInterrupt {
+        slot,
+        pin,
+        gsi: layout::PCI_INTX_GSIS[usize::from(slot + pin) % 4],
+    });
+    PciRoot {
+        interrupts: interrupts.collect(),
     }
 }
 
@@ -60,12 +74,21 @@ fn found(tables: &AcpiTables) -> [&[u8]; 3] {
     assert_eq!((rsdp[15], sum(&rsdp[..20]), sum(rsdp)), (2, 0, 0));
     let xsdt = table(tables, number(rsdp, 24, 8));
     assert_eq!(&xsdt[..4], b"XSDT");
-    assert_eq!(xsdt.len(), 36 + 2 * 8);
+    assert_eq!((xsdt.len() - 36) % 8, 0);
     let [fadt, madt] = [36, 44].map(|at| table(tables, number(xsdt, at, 8)));
     assert_eq!((&fadt[..4], &madt[..4]), (&b"FACP"[..], &b"APIC"[..]));
     let dsdt = table(tables, number(fadt, 140, 8));
     assert_eq!((&dsdt[..4], dsdt[8]), (&b"DSDT"[..], 2));
     [fadt, madt, dsdt]
+}
+
+/// The MCFG, where there is one.
+fn mcfg(tables: &AcpiTables) -> Option<&[u8]> {
+    let xsdt = table(tables, number(tables.bytes(), 24, 8));
+    let mut entries = xsdt[36..].chunks_exact(8).skip(2);
+    let found = table(tables, number(entries.next()?, 0, 8));
+    assert_eq!(entries.next(), None);
+    Some(found)
 }
 
 fn contains(bytes: &[u8], part: &[u8]) -> bool {
@@ -174,13 +197,15 @@ fn gaps_in_the_apic_ids_are_kept() {
 #[test]
 fn the_dsdt_has_the_devices_that_are_there_and_no_others() {
     type Removal = fn(&mut AcpiConfig);
-    let parts: [(&[u8], Removal); 6] = [
+    let parts: [(&[u8], Removal); 8] = [
         (b"COM1", |config| config.serial = None),
         (b"RTC_", |config| config.rtc = false),
         (b"PS2K", |config| config.i8042_keyboard = false),
         (b"QEMU0001", |config| config.pvpanic = false),
         (b"ACPI0013", |config| config.power_button = false),
         (b"LNRO0005", |config| config.virtio_mmio.clear()),
+        (b"PCI0", |config| config.pci = None),
+        (b"MBRD", |config| config.pci = None),
     ];
     for (name, remove) in parts {
         let mut config = full();
@@ -217,6 +242,80 @@ fn every_virtio_device_has_its_registers_and_an_edge_triggered_interrupt() {
 }
 
 #[test]
+fn a_pci_bus_has_its_configuration_space_in_a_table_and_as_a_resource() {
+    let with = tables(&full());
+    let table = mcfg(&with).unwrap();
+    assert_eq!((&table[..4], table.len()), (&b"MCFG"[..], 60));
+    assert_eq!(number(table, 44, 8), layout::PCI_CONFIG_START);
+    // Segment 0, buses 0 to 0.
+    assert_eq!(table[52..], [0; 8]);
+    let mut resource = vec![0x86, 9, 0, 1];
+    resource.extend((layout::PCI_CONFIG_START as u32).to_le_bytes());
+    resource.extend((layout::PCI_CONFIG_SIZE as u32).to_le_bytes());
+    assert!(contains(found(&with)[2], &resource));
+    let config = AcpiConfig {
+        pci: None,
+        ..full()
+    };
+    let without = tables(&config);
+    assert_eq!(mcfg(&without), None);
+    assert!(!contains(found(&without)[2], &resource));
+}
+
+#[test]
+fn a_pci_bus_has_a_window_and_the_interrupt_of_every_pin() {
+    let tables = tables(&full());
+    let dsdt = found(&tables)[2];
+    // Memory, not cacheable, read and written, both ends fixed.
+    let mut window = vec![0x87, 23, 0, 0, 0b1100, 1, 0, 0, 0, 0];
+    window.extend((layout::PCI_MEMORY_START as u32).to_le_bytes());
+    window.extend(((layout::PCI_MEMORY_START + layout::PCI_MEMORY_SIZE - 1) as u32).to_le_bytes());
+    window.extend([0; 4]);
+    window.extend((layout::PCI_MEMORY_SIZE as u32).to_le_bytes());
+    assert!(contains(dsdt, &window));
+    // A package of four: slot 31 and all its functions, INTD#, no link, interrupt 22.
+    let entry = [0x12, 12, 4, 0x0c, 0xff, 0xff, 31, 0, 0x0a, 3, 0, 0x0a, 22];
+    let entries = dsdt.windows(entry.len()).filter(|bytes| *bytes == entry);
+    assert_eq!(entries.count(), 1);
+}
+
+/// Not installed everywhere: acpica-tools.
+fn iasl(folder: &std::path::Path, arguments: &[&str]) -> Option<String> {
+    let output = std::process::Command::new("iasl")
+        .args(arguments)
+        .current_dir(folder)
+        .output()
+        .map_err(|error| eprintln!("skipped: iasl: {error}"))
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    Some(text.into_owned())
+}
+
+#[test]
+fn what_a_compiler_makes_of_the_disassembled_tables_is_clean() {
+    let folder = tempfile::tempdir().unwrap();
+    let without_pci = AcpiConfig {
+        pci: None,
+        ..full()
+    };
+    for config in [full(), without_pci] {
+        let tables = tables(&config);
+        let files = [("dsdt", Some(found(&tables)[2])), ("mcfg", mcfg(&tables))];
+        for (name, bytes) in files {
+            let Some(bytes) = bytes else { continue };
+            let (binary, source) = (format!("{name}.aml"), format!("{name}.dsl"));
+            std::fs::write(folder.path().join(&binary), bytes).unwrap();
+            if iasl(folder.path(), &["-d", &binary]).is_none() {
+                return;
+            }
+            let text = iasl(folder.path(), &["-va", &source]).unwrap();
+            assert!(text.contains("0 Errors, 0 Warnings, 0 Remarks"), "{text}");
+        }
+    }
+}
+
+#[test]
 fn the_largest_machine_fits() {
     let config = AcpiConfig {
         apic_ids: (0..crate::cpuid::MAX_VCPUS).collect(),
@@ -246,6 +345,15 @@ fn what_cannot_be_described_is_refused() {
     assert!(refused(|config| config.virtio_mmio[1].address = 1 << 32).contains("0x100000000"));
     assert!(refused(|config| config.virtio_mmio[1].address = u64::MAX).contains("0xffff"));
     assert!(refused(|config| config.virtio_mmio = devices(4097)).contains("name 4097"));
+    for (slot, pin) in [(32, 0), (0, 4)] {
+        let interrupts = vec![PciInterrupt { slot, pin, gsi: 0 }];
+        let config = AcpiConfig {
+            pci: Some(PciRoot { interrupts }),
+            ..full()
+        };
+        let error = build(&config, ACPI_TABLES_START).unwrap_err().to_string();
+        assert!(error.contains(&format!("pin {pin} of PCI slot {slot}")));
+    }
     for base in [ACPI_TABLES_START + 8, 1 << 32, u64::MAX - 15] {
         assert!(build(&full(), base).is_err());
     }

@@ -5,6 +5,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::{
     ACPI_TABLES_START, EBDA_START, KERNEL_MIN_START, KVM_IDENTITY_MAP_START, KVM_TSS_START,
+    PCI_CONFIG_SIZE, PCI_CONFIG_START,
 };
 
 /// The pages of KVM's task state segment.
@@ -65,6 +66,13 @@ pub fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
         );
         add(start.max(KERNEL_MIN_START), end, MemoryKind::Ram);
     }
+    // A guest believes that configuration space is there only where the map agrees. It is kept free
+    // in a machine without PCI as well.
+    add(
+        PCI_CONFIG_START,
+        PCI_CONFIG_START + PCI_CONFIG_SIZE,
+        MemoryKind::Reserved,
+    );
     add(
         KVM_IDENTITY_MAP_START,
         KVM_TSS_START + KVM_TSS_SIZE,
@@ -104,16 +112,20 @@ mod tests {
             (0x9_fc00, 0xa_0000, Reserved),
             (0xe_0000, 0x10_0000, AcpiTables),
         ];
-        let kvm = (0xfffb_c000, 0xfffc_0000, Reserved);
-        let small = [(0x10_0000, 64 << 20, Ram), kvm];
+        let hole = [
+            (0xf000_0000, 0xf010_0000, Reserved),
+            (0xfffb_c000, 0xfffc_0000, Reserved),
+        ];
+        let small = [&[(0x10_0000, 64 << 20, Ram)], &hole[..]].concat();
         assert_eq!(map_of(64 << 20), [&low[..], &small].concat());
-        let large = [(0x10_0000, 3 << 30, Ram), kvm, (4 << 30, 6 << 30, Ram)];
+        let high = (4 << 30, 6 << 30, Ram);
+        let large = [&[(0x10_0000, 3 << 30, Ram)], &hole[..], &[high]].concat();
         assert_eq!(map_of(5 << 30), [&low[..], &large].concat());
     }
 
     #[test]
     fn a_machine_of_one_page_has_a_map_too() {
         assert_eq!(map_of(4096)[0], (0, 4096, MemoryKind::Ram));
-        assert_eq!(map_of(4096).len(), 2);
+        assert_eq!(map_of(4096).len(), 3);
     }
 }
