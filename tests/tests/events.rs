@@ -1,12 +1,18 @@
 //! What a handle tells while its machine lives: needs `/dev/kvm`, and nothing else.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use std::io::Read;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kiln_tests::machines::{LONG, builder, end, start};
 use kiln_tests::{guests, host};
-use kiln_vmm::virtio::{ActivateError, Activation, ActiveQueue, VirtioDevice};
-use kiln_vmm::{CrashCause, VmEvent, VmExit};
+use kiln_vmm::virtio::{
+    ActivateError, Activation, ActiveQueue, EventSet, IoEvent, QueueError, QueueHandler, Registrar,
+    SimpleDevice, Turn, VirtioDevice,
+};
+use kiln_vmm::{CrashCause, HandleError, VmEvent, VmExit, VmHandle};
+use vmm_sys_util::eventfd::EventFd;
 
 #[test]
 fn a_life_is_told_from_its_start_to_its_end() {
@@ -58,7 +64,7 @@ fn the_end_is_told_though_nobody_waits_and_is_known_then() {
 #[test]
 fn the_last_output_is_written_when_the_end_is_told() {
     let host = host!();
-    let (mut output, writer) = std::io::pipe().unwrap();
+    let (mut output, writer) = io::pipe().unwrap();
     let console = kiln_vmm::Console::new(
         kiln_vmm::ConsoleInput::null(),
         kiln_vmm::ConsoleOutput::fd(writer.into()),
@@ -120,6 +126,63 @@ fn streams_of_a_machine_that_never_starts_or_is_dropped_end() {
     drop(handle);
     assert_eq!(events.recv(), Some(VmEvent::Ended(VmExit::Stopped)));
     assert_eq!(events.recv(), None);
+}
+
+/// Drops its machine on the I/O thread, once it is told to by an event.
+struct DropsItsMachine {
+    told: EventFd,
+    handle: Arc<Mutex<Option<VmHandle>>>,
+}
+
+impl QueueHandler for DropsItsMachine {
+    fn start(&mut self, _features: u64, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+        registrar.add(&self.told, Self::FIRST_TOKEN, EventSet::IN)
+    }
+    fn ready(&mut self, _event: IoEvent) -> Option<u16> {
+        let _ = self.told.read();
+        if let Some(handle) = self.handle.lock().unwrap().take() {
+            assert!(matches!(handle.wait(), Err(HandleError::OnOwnThread)));
+            assert!(matches!(handle.pause(), Err(HandleError::OnOwnThread)));
+            handle.stop();
+        }
+        None
+    }
+    fn process(&mut self, _: &mut Turn<'_>, _: &mut Registrar<'_, '_>) -> Result<(), QueueError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_device_can_drop_the_last_handle_on_the_io_thread() {
+    let host = host!();
+    for _ in 0..10 {
+        let told = EventFd::new(0).unwrap();
+        let tell = told.try_clone().unwrap();
+        let place = Arc::new(Mutex::new(None));
+        let device = DropsItsMachine {
+            told,
+            handle: Arc::clone(&place),
+        };
+        let vm = builder(&host, guests::virtio_driver_ok())
+            .virtio_device("drops", SimpleDevice::new(42, [16], device))
+            .build()
+            .unwrap();
+        let events = vm.events().unwrap();
+        let handle = vm.start().unwrap();
+        while handle.exit_counts()[0].pio_out == 0 {
+            std::thread::yield_now();
+        }
+        *place.lock().unwrap() = Some(handle);
+        tell.write(1).unwrap();
+        assert_eq!(events.recv_timeout(LONG), Some(VmEvent::Started));
+        let ended = events.recv_timeout(LONG);
+        assert_eq!(ended, Some(VmEvent::Ended(VmExit::Stopped)));
+        let gone = (0..6000).any(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            Arc::strong_count(&place) == 1
+        });
+        assert!(gone, "the machine still holds its device");
+    }
 }
 
 /// A device that panics whenever its queues are taken from it.

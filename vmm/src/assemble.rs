@@ -64,7 +64,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             transports,
             power_button,
             serial,
-            _io: io,
+            io,
             failure,
             events: Arc::default(),
             vfio: None,

@@ -135,6 +135,6 @@ pub enum HandleError {
         source: io::Error,
     },
     /// It would wait for the thread that it was called on.
-    #[error("a device waits for the machine on one of its vCPU threads, which would be for ever")]
-    OnVcpuThread,
+    #[error("a device waits for its machine on one of the machine's own threads")]
+    OnOwnThread,
 }

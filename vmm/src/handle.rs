@@ -1,15 +1,17 @@
 //! A virtual machine, before and after its start.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kiln_device_api::ExitRequest;
+use kiln_devices::acpi::PowerButton;
+use kiln_io_thread::IoHandle;
 use kiln_vcpu_manager::{EndHooks, ExitCounts, MachineEnd, VcpuManager};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::events::EventSource;
-use crate::machine::{Machine, SERIAL_PATIENCE, STOPPED_SERIAL_PATIENCE};
+use crate::machine::{Machine, SERIAL_PATIENCE, STOP_PATIENCE, STOPPED_SERIAL_PATIENCE};
 use crate::{DeviceError, Events, HandleError, VfioDevice, VmEvent, VmExit};
 
 /// A virtual machine that is built and has not started. Dropping it leaves nothing behind.
@@ -59,12 +61,7 @@ impl Vm {
     pub fn start(self) -> Result<VmHandle, HandleError> {
         let Self { machine, vcpus } = self;
         let failure = machine.failure();
-        let events = Arc::clone(&machine.events);
-        let running = Arc::new(Running {
-            machine: Mutex::new(machine),
-            exit: OnceLock::new(),
-            events,
-        });
+        let running = Running::new(machine);
         let hooks = running.end_hooks();
         // Before the first of the guest's own events.
         running.events.send(&VmEvent::Started);
@@ -111,13 +108,31 @@ pub enum VmState {
 /// The machine around vCPUs that were started, and how it ended.
 struct Running {
     machine: Mutex<Machine>,
-    exit: OnceLock<VmExit>,
+    power_button: PowerButton,
     events: Arc<EventSource>,
+    io: IoHandle,
+    /// The vCPUs' manager, where its last owner could not wait for them.
+    kept: Mutex<Option<Arc<VcpuManager>>>,
+    /// Set when everything is at rest.
+    exit: Mutex<Option<VmExit>>,
+    ended: Condvar,
 }
 
 impl Running {
+    fn new(machine: Machine) -> Arc<Self> {
+        Arc::new(Self {
+            power_button: machine.power_button(),
+            events: Arc::clone(&machine.events),
+            io: machine.io.handle().clone(),
+            kept: Mutex::default(),
+            machine: Mutex::new(machine),
+            exit: Mutex::default(),
+            ended: Condvar::new(),
+        })
+    }
+
     fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.machine)
     }
 
     /// What the vCPUs' end brings about, whether or not anybody waits for it.
@@ -134,25 +149,47 @@ impl Running {
                     at_end.send(&VmEvent::GuestPanic);
                 }
             }),
-            on_rest: Box::new(move |end| drop(at_rest.finish(end))),
+            on_rest: Box::new(move |end| at_rest.finish(end)),
         }
     }
 
-    /// After the vCPUs have come to rest: stops the devices, once, and says how it ended.
-    fn finish(&self, end: &MachineEnd) -> VmExit {
+    /// After the vCPUs have come to rest: stops the devices, and tells how it ended.
+    fn finish(&self, end: &MachineEnd) {
         let machine = self.machine();
-        self.exit
-            .get_or_init(|| {
-                machine.stop_devices(match end {
-                    MachineEnd::Stopped => STOPPED_SERIAL_PATIENCE,
-                    _ => SERIAL_PATIENCE,
-                });
-                let exit = VmExit::new(end.clone(), machine.failure().message());
-                self.events.end(&exit);
-                exit
-            })
-            .clone()
+        machine.stop_devices(match end {
+            MachineEnd::Stopped => STOPPED_SERIAL_PATIENCE,
+            _ => SERIAL_PATIENCE,
+        });
+        let exit = VmExit::new(end.clone(), machine.failure().message());
+        drop(machine);
+        *lock(&self.exit) = Some(exit.clone());
+        self.ended.notify_all();
+        self.events.end(&exit);
     }
+
+    /// Waits until everything is at rest, for at most `timeout` if there is one.
+    fn wait(&self, timeout: Option<Duration>) -> Option<VmExit> {
+        let exit = lock(&self.exit);
+        let going_on = |exit: &mut Option<VmExit>| exit.is_none();
+        match timeout {
+            None => self
+                .ended
+                .wait_while(exit, going_on)
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
+            Some(timeout) => self
+                .ended
+                .wait_timeout_while(exit, timeout, going_on)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0
+                .clone(),
+        }
+    }
+}
+
+/// What these locks guard is whole at every step, whoever panicked.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Inner {
@@ -161,14 +198,23 @@ struct Inner {
     running: Arc<Running>,
 }
 
+impl Inner {
+    /// Whether this is one of the threads that the machine's end waits for.
+    fn is_own_thread(&self) -> bool {
+        self.running.io.is_current() || self.manager.is_vcpu_thread()
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.manager.stop();
-        // A device that drops the last handle on a vCPU's thread would wait for itself. The thread
-        // ends after the access that it is in, and stops the devices then.
-        if !self.manager.is_vcpu_thread() {
-            self.running.finish(&self.manager.wait());
+        if !self.is_own_thread() {
+            self.manager.stop();
+            return;
         }
+        // A device drops the last handle. The threads end after what they are at, and the last
+        // vCPU's brings the devices to rest. The manager's drop would wait for that, here.
+        self.manager.request_stop();
+        *lock(&self.running.kept) = Some(Arc::clone(&self.manager));
     }
 }
 
@@ -185,11 +231,12 @@ impl VmHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::OnVcpuThread`] when called on one of the machine's own vCPU threads, as from
-    /// a device.
+    /// [`HandleError::OnOwnThread`] when called on one of the machine's own threads, as from a
+    /// device: it would wait for itself.
     pub fn wait(&self) -> Result<VmExit, HandleError> {
-        self.not_on_vcpu_thread()?;
-        Ok(self.inner.running.finish(&self.inner.manager.wait()))
+        self.not_on_own_thread()?;
+        // It is there whenever the wait is over.
+        Ok(self.inner.running.wait(None).unwrap_or(VmExit::Stopped))
     }
 
     /// How the machine ended, if it has.
@@ -201,15 +248,14 @@ impl VmHandle {
         self.wait_timeout(Duration::ZERO)
     }
 
-    /// Waits as [`wait`](Self::wait) does, but for the guest's end no longer than `timeout`.
+    /// Waits as [`wait`](Self::wait) does, but no longer than `timeout`.
     ///
     /// # Errors
     ///
     /// As for [`wait`](Self::wait).
     pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<VmExit>, HandleError> {
-        self.not_on_vcpu_thread()?;
-        let end = self.inner.manager.wait_timeout(timeout);
-        Ok(end.map(|end| self.inner.running.finish(&end)))
+        self.not_on_own_thread()?;
+        Ok(self.inner.running.wait(Some(timeout)))
     }
 
     /// Pauses the guest: when this returns no vCPU runs and no device works on a queue.
@@ -217,8 +263,9 @@ impl VmHandle {
     /// # Errors
     ///
     /// [`HandleError::Vcpu`] where the machine has ended, or ends by a panic of a device that is
-    /// being paused.
+    /// being paused; [`HandleError::OnOwnThread`] as for [`wait`](Self::wait).
     pub fn pause(&self) -> Result<(), HandleError> {
+        self.not_on_own_thread()?;
         // Held throughout, so that a resume at the same time comes before or after.
         let machine = self.inner.running.machine();
         let was_paused = self.inner.manager.is_paused();
@@ -237,11 +284,13 @@ impl VmHandle {
     ///
     /// # Errors
     ///
-    /// [`HandleError::Vcpu`] where the machine has ended.
+    /// [`HandleError::Vcpu`] where the machine has ended; [`HandleError::OnOwnThread`] as for
+    /// [`wait`](Self::wait).
     pub fn resume(&self) -> Result<(), HandleError> {
+        self.not_on_own_thread()?;
         let machine = self.inner.running.machine();
         let was_paused = self.inner.manager.is_paused();
-        if self.inner.running.exit.get().is_none() {
+        if lock(&self.inner.running.exit).is_none() {
             machine.resume_devices();
         }
         if was_paused {
@@ -254,15 +303,24 @@ impl VmHandle {
 
     /// Presses the power button: the guest is told, and may power off.
     pub fn power_button(&self) {
-        self.inner.running.machine().press_power_button();
+        self.inner.running.power_button.press();
     }
 
-    /// Stops the machine, whatever the guest does, and waits for its threads. The machine then
-    /// ended with [`VmExit::Stopped`], unless it had ended before.
+    /// Stops the machine, whatever the guest does. The machine then ended with
+    /// [`VmExit::Stopped`], unless it had ended before.
+    ///
+    /// It returns when everything is at rest and the threads have ended; or after 80 milliseconds,
+    /// where a device or a backend has been called and does not return. Such a call is not to be
+    /// broken off: [`wait`](Self::wait) waits for it, and so does the drop of the last handle. The
+    /// guest does not run meanwhile.
+    ///
+    /// On one of the machine's own threads, as from a device, it returns at once.
     pub fn stop(&self) {
-        self.inner.manager.stop();
-        if !self.inner.manager.is_vcpu_thread() {
-            self.inner.running.finish(&self.inner.manager.wait());
+        self.inner.manager.request_stop();
+        let at_rest = || self.inner.running.wait(Some(STOP_PATIENCE)).is_some();
+        if !self.inner.is_own_thread() && at_rest() {
+            // Joins the threads, of which the last is about to end.
+            self.inner.manager.stop();
         }
     }
 
@@ -292,9 +350,9 @@ impl VmHandle {
         self.inner.manager.exit_counts()
     }
 
-    fn not_on_vcpu_thread(&self) -> Result<(), HandleError> {
-        if self.inner.manager.is_vcpu_thread() {
-            return Err(HandleError::OnVcpuThread);
+    fn not_on_own_thread(&self) -> Result<(), HandleError> {
+        if self.inner.is_own_thread() {
+            return Err(HandleError::OnOwnThread);
         }
         Ok(())
     }

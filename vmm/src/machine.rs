@@ -22,6 +22,8 @@ pub(crate) const SERIAL_PATIENCE: Duration = Duration::from_secs(1);
 /// The same where the machine was stopped, which is to be quick whatever the guest and its console
 /// do.
 pub(crate) const STOPPED_SERIAL_PATIENCE: Duration = Duration::from_millis(50);
+/// How long a stop waits for everything to come to rest.
+pub(crate) const STOP_PATIENCE: Duration = Duration::from_millis(80);
 
 /// The machine around the vCPUs.
 ///
@@ -32,8 +34,8 @@ pub(crate) struct Machine {
     pub(crate) transports: Vec<Arc<MmioTransport>>,
     pub(crate) power_button: PowerButton,
     pub(crate) serial: Arc<Serial>,
-    /// Held for its end: dropping it joins the thread.
-    pub(crate) _io: IoThread,
+    /// Dropping it joins the thread.
+    pub(crate) io: IoThread,
     pub(crate) failure: Arc<DeviceFailure>,
     pub(crate) events: Arc<EventSource>,
     /// KVM's VFIO device, where somebody asked for it.
@@ -62,8 +64,8 @@ impl Machine {
         Ok(Arc::clone(self.vfio.insert(device)))
     }
 
-    pub(crate) fn press_power_button(&self) {
-        self.power_button.press();
+    pub(crate) fn power_button(&self) -> PowerButton {
+        self.power_button.clone()
     }
 
     /// No device works on a queue when this returns.

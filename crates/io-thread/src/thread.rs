@@ -195,13 +195,18 @@ impl IoHandle {
         })
     }
 
+    /// Whether this is called on the I/O thread itself.
+    pub fn is_current(&self) -> bool {
+        std::thread::current().id() == self.thread
+    }
+
     fn call<R: Send + 'static>(
         &self,
         f: impl FnOnce(&mut dyn SubscriberOps<Subscriber = Subscriber>) -> Result<R, Error>
         + Send
         + 'static,
     ) -> Result<R, Error> {
-        if std::thread::current().id() == self.thread {
+        if self.is_current() {
             return Err(Error::OwnThread);
         }
         // A panic of `f` is its caller's error; the thread serves others too.

@@ -59,8 +59,8 @@ pub struct EndHooks {
     /// way out then, so it must not wait for them.
     pub on_end: EndHook,
     /// Called when the last vCPU has left the guest, on the thread that was this vCPU's. It may
-    /// take its time, and may wait for everything but the end of its own thread, which
-    /// [`VcpuManager::stop`](crate::VcpuManager::stop) waits for.
+    /// take its time, which [`VcpuManager::stop`](crate::VcpuManager::stop) waits for, and may drop
+    /// the manager.
     pub on_rest: EndHook,
 }
 
