@@ -4,12 +4,14 @@
 //! |---|---|
 //! | [`guests`] | bare-metal guests of a few bytes, which run on any `/dev/kvm` |
 //! | [`machines`] | machines with these guests, and what a process has because of them |
+//! | [`stubborn`] | machines that are hard to stop |
 //! | [`elf`] | ELF images around them |
 //! | [`program`] | the `kiln` program as a process |
 //! | [`linux`] | Debian's kernels as its guests |
 //! | `tests/tiny_guests.rs` | the library with guests of a few bytes |
 //! | `tests/events.rs` | what a handle tells while its machine lives |
 //! | `tests/failures.rs` | every step of building and starting a machine, failing |
+//! | `benches/stop.rs` | how long a stop takes |
 //! | `tests/command_line.rs` | the `kiln` program with guests of a few bytes, and with bad input |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
 
@@ -18,6 +20,9 @@ pub mod guests;
 pub mod linux;
 pub mod machines;
 pub mod program;
+#[path = "../../vmm/examples/guests/mod.rs"]
+pub(crate) mod scripted;
+pub mod stubborn;
 
 /// The programs in the documentation compile.
 #[cfg(doctest)]

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_tests::machines::{belongings, builder, end, is_alone, start};
+use kiln_tests::stubborn::STUBBORN;
 use kiln_tests::{guests, host};
 use kiln_vmm::{
     BusDevice, BusDeviceMut, Console, ConsoleInput, ConsoleOutput, CrashCause, Execution,
@@ -110,37 +111,37 @@ fn what_is_typed_reaches_the_guest() {
 }
 
 #[test]
-fn any_guest_can_be_stopped() {
+fn any_machine_is_stopped_soon_whatever_it_is_at() {
     let host = host!();
-    for code in [guests::busy(), guests::halted(), guests::exit_storm()] {
-        let handle = start(&host, code);
-        std::thread::sleep(Duration::from_millis(20));
-        assert_eq!(handle.try_wait().unwrap(), None);
-        assert_eq!(handle.state(), VmState::Running);
+    for (name, start) in STUBBORN {
+        let (handle, _guard) = start(&host);
+        assert_eq!(handle.try_wait().unwrap(), None, "{name}");
+        assert_eq!(handle.state(), VmState::Running, "{name}");
+        let since = std::time::Instant::now();
         handle.stop();
-        assert_eq!(end(&handle), VmExit::Stopped);
-        assert_eq!(handle.state(), VmState::Ended);
+        // 100 ms is what a stop takes at most; the rest is for a test host that is busy.
+        assert!(since.elapsed() < Duration::from_secs(30), "{name}");
+        assert_eq!(end(&handle), VmExit::Stopped, "{name}");
+        assert_eq!(handle.state(), VmState::Ended, "{name}");
     }
 }
 
 #[test]
-fn a_guest_whose_console_takes_nothing_can_be_stopped() {
+fn a_stop_does_not_wait_for_a_backend_that_does_not_return_and_a_wait_does() {
     let host = host!();
-    let (_reader, writer) = std::io::pipe().unwrap();
-    let console = Console::new(ConsoleInput::null(), ConsoleOutput::fd(writer.into()));
-    let vm = builder(&host, guests::chatter())
-        .serial(console)
-        .build()
+    let (_, start) = STUBBORN
+        .into_iter()
+        .find(|(name, _)| name.contains("slow"))
         .unwrap();
-    let handle = vm.start().unwrap();
-    // More than the pipe and the port's own buffer hold.
-    while handle.exit_counts()[0].pio_out < 200_000 {
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let since = std::time::Instant::now();
-    handle.stop();
-    assert_eq!(end(&handle), VmExit::Stopped);
-    assert!(since.elapsed() < Duration::from_secs(30));
+    // On a busy host the backend may return before the stop looks.
+    let seen = (0..20).any(|_| {
+        let (handle, _guard) = start(&host);
+        handle.stop();
+        let was_busy = handle.try_wait().unwrap().is_none();
+        assert_eq!(handle.wait().unwrap(), VmExit::Stopped);
+        was_busy
+    });
+    assert!(seen, "every stop waited for its backend");
 }
 
 #[test]
