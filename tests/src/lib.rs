@@ -8,12 +8,14 @@
 //! | [`elf`] | ELF images around them |
 //! | [`program`] | the `kiln` program as a process |
 //! | [`linux`] | Debian's kernels as its guests |
+//! | [`tap`] | tap interfaces for their networks |
 //! | `tests/tiny_guests.rs` | the library with guests of a few bytes |
 //! | `tests/events.rs` | what a handle tells while its machine lives |
 //! | `tests/failures.rs` | every step of building and starting a machine, failing |
 //! | `benches/stop.rs` | how long a stop takes |
 //! | `tests/command_line.rs` | the `kiln` program with guests of a few bytes, and with bad input |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
+//! | `tests/linux_library.rs` | the library with several of them at once |
 
 pub mod elf;
 pub mod guests;
@@ -23,6 +25,7 @@ pub mod program;
 #[path = "../../vmm/examples/guests/mod.rs"]
 pub(crate) mod scripted;
 pub mod stubborn;
+pub mod tap;
 
 /// The programs in the documentation compile.
 #[cfg(doctest)]

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use kiln_tests::linux::{Linux, PATIENCE};
 use kiln_tests::program::{self, Outcome, Program};
+use kiln_tests::tap::Tap;
 use kiln_xtask::initrd;
 
 const READY: &str = "kiln-power-button: ready";
@@ -267,29 +268,6 @@ fn disks_keep_their_order_their_ids_and_their_bytes() {
     file.read_exact(&mut copied).unwrap();
     assert!(copied == pattern);
     assert_eq!(fs::metadata(&first).unwrap().len(), 8 << 20);
-}
-
-/// A tap interface in the network namespace of the tests, removed when dropped.
-struct Tap(&'static str);
-
-impl Tap {
-    fn new(name: &'static str, address: &str) -> Self {
-        ip(&format!("tuntap add {name} mode tap vnet_hdr"));
-        ip(&format!("address add {address} dev {name}"));
-        ip(&format!("link set {name} up"));
-        Self(name)
-    }
-}
-
-impl Drop for Tap {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "delete", self.0]).status();
-    }
-}
-
-fn ip(words: &str) {
-    let status = Command::new("ip").args(words.split(' ')).status().unwrap();
-    assert!(status.success(), "ip {words}");
 }
 
 #[test]
