@@ -14,6 +14,7 @@ use kiln_io_thread::IoThread;
 use kiln_memory::{GuestMemory, MemorySize};
 use kiln_virtio_device::{MmioTransport, VirtioDevice};
 
+use crate::interrupts::InterruptRoutes;
 use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::vcpu::Vcpus;
@@ -249,7 +250,8 @@ impl<'a> Wiring<'a> {
     fn add_ioapic(&mut self) -> Result<(), BuildError> {
         let mut pins = vec![layout::SERIAL_GSI, layout::GED_GSI];
         pins.extend(self.acpi.virtio_mmio.iter().map(|device| device.gsi));
-        let ioapic = Arc::new(IoApic::new(&pins, Arc::clone(self.vm) as _));
+        let routes = InterruptRoutes::new(Arc::clone(self.vm));
+        let ioapic = Arc::new(IoApic::new(&pins, routes));
         let sink = Arc::clone(&ioapic);
         self.devices
             .on_end_of_interrupt(move |vector| sink.end_of_interrupt(vector));

@@ -69,6 +69,16 @@ pub enum BuildError {
     /// A virtio device cannot be put behind its transport.
     #[error(transparent)]
     Transport(#[from] kiln_virtio_device::TransportError),
+    /// A device has more interrupt vectors than KVM has routes left.
+    #[error("give `{name}` {count} interrupt vectors: KVM on this host has routes for {left} more")]
+    InterruptRoutes {
+        /// The device.
+        name: String,
+        /// The vectors that it has.
+        count: u16,
+        /// The routes that are left.
+        left: usize,
+    },
     /// The I/O thread could not be started.
     #[error(transparent)]
     IoThread(#[from] kiln_io_thread::Error),

@@ -183,6 +183,12 @@ impl Host {
         &self.msrs
     }
 
+    /// How many interrupts KVM can route in one virtual machine, asked when a machine needs to know.
+    pub(crate) fn interrupt_routes(&self) -> usize {
+        let routes = self.kvm.check_extension_int(Cap::IrqRouting);
+        usize::try_from(routes).unwrap_or(0)
+    }
+
     pub(crate) fn create_vm(&self) -> Result<VmFd, HostError> {
         loop {
             match self.kvm.create_vm() {

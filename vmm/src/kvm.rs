@@ -1,19 +1,14 @@
-//! The VM fd: memory slots, the interrupt controller and its routes, ioeventfds and irqfds.
+//! The VM fd: memory slots, the interrupt controller, ioeventfds and irqfds.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use kiln_arch::layout;
-use kiln_devices::legacy::{MsiRoute, MsiRouter};
 use kiln_memory::{GuestMemory, MemorySize};
-use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{BuildError, Host};
 
@@ -22,10 +17,6 @@ pub(crate) struct KvmVm {
     // Declared before `memory`: dropped before it.
     fd: VmFd,
     memory: Arc<GuestMemory>,
-    /// Whether an interrupt has been routed yet.
-    routed: AtomicBool,
-    /// Whether a failure of KVM was logged: a guest must not be able to repeat it.
-    complained: AtomicBool,
 }
 
 impl KvmVm {
@@ -35,12 +26,7 @@ impl KvmVm {
     /// grace period of the kernel.
     pub(crate) fn new(host: &Host, memory: Arc<GuestMemory>) -> Result<Self, BuildError> {
         let fd = host.create_vm()?;
-        let vm = Self {
-            fd,
-            memory,
-            routed: AtomicBool::new(false),
-            complained: AtomicBool::new(false),
-        };
+        let vm = Self { fd, memory };
         vm.set_memory_slots()?;
         vm.fd
             .set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
@@ -127,39 +113,8 @@ impl KvmVm {
     }
 }
 
-impl MsiRouter for KvmVm {
-    fn set_routes(&self, routes: &[MsiRoute]) {
-        // What KVM has at the start is no route at all; to say so again takes milliseconds.
-        if routes.is_empty() && !self.routed.load(Ordering::Relaxed) {
-            return;
-        }
-        self.routed.store(true, Ordering::Relaxed);
-        let entries: Vec<_> = routes.iter().map(msi_entry).collect();
-        let result = KvmIrqRouting::from_entries(&entries)
-            .map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
-            .and_then(|routing| self.fd.set_gsi_routing(&routing));
-        if let Err(error) = result
-            && !self.complained.swap(true, Ordering::Relaxed)
-        {
-            tracing::error!("KVM_SET_GSI_ROUTING: {error}");
-        }
-    }
-}
-
-fn msi_entry(route: &MsiRoute) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry {
-        gsi: route.gsi,
-        type_: KVM_IRQ_ROUTING_MSI,
-        ..Default::default()
-    };
-    entry.u.msi.address_lo = route.message.address as u32;
-    entry.u.msi.address_hi = (route.message.address >> 32) as u32;
-    entry.u.msi.data = route.message.data;
-    entry
-}
-
 pub(crate) fn event_fd() -> Result<EventFd, BuildError> {
-    EventFd::new(EFD_NONBLOCK).map_err(|source| BuildError::Kvm {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(|source| BuildError::Kvm {
         request: "eventfd",
         source,
     })

@@ -21,6 +21,7 @@
 //! | `disk`, `net` | [`Disk`], [`Net`] |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
 //! | `kvm` | the VM fd |
+//! | `interrupts` | the routes of interrupts through KVM: IOAPIC pins and MSI-X vectors |
 //! | `vfio` | [`VfioDevice`], a device fd |
 //! | `error` | [`BuildError`], [`HandleError`] |
 //! | [`virtio`] | what a virtio device of your own is made of |
@@ -84,6 +85,7 @@ mod events;
 mod exit;
 mod handle;
 mod host;
+mod interrupts;
 mod kvm;
 mod machine;
 mod net;

@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `bus` | [`BusDevice`], [`BusDeviceMut`], [`VcpuBus`] |
 //! | `exit` | [`ExitRequest`] |
-//! | `interrupt` | [`InterruptLine`] |
+//! | `interrupt` | [`InterruptLine`], [`MsiMessage`] |
 //! | `panic` | [`panic_message`] |
 //!
 //! # Example
@@ -60,5 +60,5 @@ mod panic;
 
 pub use bus::{BusDevice, BusDeviceMut, VcpuBus};
 pub use exit::ExitRequest;
-pub use interrupt::InterruptLine;
+pub use interrupt::{InterruptLine, MsiMessage};
 pub use panic::panic_message;

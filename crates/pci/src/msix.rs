@@ -19,7 +19,7 @@ mod tests;
 
 pub use placement::MsixPlacement;
 pub(crate) use placement::Structure;
-pub use sink::{MsiMessage, MsixSink};
+pub use sink::MsixSink;
 use table::Table;
 pub use table::{MsixState, VectorState};
 

@@ -1,15 +1,19 @@
 //! The I/O APIC (82093AA), for an interrupt controller whose other half is in the kernel.
 //!
-//! With KVM's split irqchip the local APICs are in the kernel and the I/O APIC is here. It delivers
-//! no interrupt itself: what an entry of its redirection table says is a message (MSI), and the
-//! messages of all entries that are in use go to an [`MsiRouter`] as the complete set of routes.
-//! A device then triggers an eventfd, and the kernel sends the message that is routed for it.
+//! With KVM's split irqchip the local APICs are in the kernel and the I/O APIC is here. What an entry
+//! of its redirection table says is a message (MSI), and the messages of all entries that are in use
+//! go to an [`MsiRouter`] as the complete set of routes.
+//!
+//! A pin has one of two kinds of devices behind it. One with edges triggers an eventfd, and the
+//! kernel sends the message that is routed for it: nothing comes through here. One with a level
+//! says what it is ([`IoApic::set_level`]), and the message is sent from here, again after each end
+//! of interrupt until the level is gone.
 
 use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kiln_device_api::{BusDevice, ExitRequest};
+use kiln_device_api::{BusDevice, ExitRequest, MsiMessage};
 use serde::{Deserialize, Serialize};
 
 /// The pins of the I/O APIC, which are the global system interrupts 0 to 23.
@@ -55,15 +59,6 @@ const MSI_DESTINATION_LOGICAL: u64 = 1 << 2;
 /// KVM takes the destination's bits from 8 on in the same place of the address's upper half.
 const MSI_EXTENDED_DESTINATION_SHIFT: u32 = 32 + 8;
 
-/// A message-signalled interrupt: what is written, and where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct MsiMessage {
-    /// The guest physical address of the write; KVM's `address_hi` is its upper half.
-    pub address: u64,
-    /// What is written.
-    pub data: u32,
-}
-
 /// The message that a global system interrupt is delivered as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MsiRoute {
@@ -73,21 +68,21 @@ pub struct MsiRoute {
     pub message: MsiMessage,
 }
 
-/// Where the I/O APIC's routes go: in production to KVM (`KVM_SET_GSI_ROUTING`), in tests to a
-/// recorder.
+/// Where the I/O APIC's messages go: in production to KVM, in tests to a recorder.
+///
+/// Calls come from vCPU threads and, for levels, from whoever sets them, one at a time and with the
+/// I/O APIC's lock held.
 pub trait MsiRouter: Send + Sync {
     /// Makes `routes` the complete set of routes of the I/O APIC's pins, in order of their
     /// interrupts; an interrupt without a route is not delivered. They are in effect when this
-    /// returns.
+    /// returns (`KVM_SET_GSI_ROUTING`).
     ///
-    /// Called on a vCPU's thread, only when the set has changed.
+    /// Called only when the set has changed.
     fn set_routes(&self, routes: &[MsiRoute]);
 
-    /// The guest has ended the level-triggered interrupt `gsi`: whoever still holds its line has to
-    /// raise it again.
-    fn resample(&self, gsi: u32) {
-        let _ = gsi;
-    }
+    /// Sends a message now, which is one of the routes (`KVM_SIGNAL_MSI`). Returns whether a
+    /// processor takes it.
+    fn send(&self, message: MsiMessage) -> bool;
 }
 
 /// The state of an [`IoApic`].
@@ -115,6 +110,8 @@ struct Registers {
     id: u32,
     select: u8,
     entries: [u64; PINS],
+    /// The pins whose level is asserted.
+    asserted: [bool; PINS],
     /// What the router was told last.
     routes: Vec<MsiRoute>,
 }
@@ -132,14 +129,16 @@ pub struct IoApic {
 impl IoApic {
     /// The I/O APIC after a reset: all entries masked, and no route.
     ///
-    /// `used` are the pins that something is connected to. Setting routes can be slow (KVM waits
-    /// for all vCPUs), and what a guest writes for other pins makes no difference, so it never
-    /// causes a call of `router`.
+    /// `used` are the pins that something is connected to, by an eventfd or by
+    /// [`set_level`](Self::set_level). Setting routes can be slow (KVM waits for all vCPUs), and
+    /// what a guest writes for other pins makes no difference, so it never causes a call of
+    /// `router`.
     pub fn new(used: &[u32], router: Arc<dyn MsiRouter>) -> Self {
         Self::from_state(&IoApicState::default(), used, router)
     }
 
-    /// The I/O APIC as it was when `state` was taken; its routes are set.
+    /// The I/O APIC as it was when `state` was taken; its routes are set. The levels of its pins
+    /// are their devices' to say again.
     pub fn from_state(state: &IoApicState, used: &[u32], router: Arc<dyn MsiRouter>) -> Self {
         let mut entries = [MASKED; PINS];
         for (to, from) in entries.iter_mut().zip(&state.entries) {
@@ -159,6 +158,7 @@ impl IoApic {
                 id: state.id & ID_MASK,
                 select: state.select,
                 entries,
+                asserted: [false; PINS],
                 routes: Vec::new(),
             }),
             used: used_pins,
@@ -178,42 +178,53 @@ impl IoApic {
         }
     }
 
-    /// Notes that the interrupt `gsi` was delivered: for a level-triggered entry that sets Remote
-    /// IRR until the guest ends the interrupt. Returns whether it may be delivered at all: not
-    /// while it is masked, or level-triggered and not ended yet.
-    pub fn deliver(&self, gsi: u32) -> bool {
+    /// Says whether the level-triggered interrupt `gsi` is asserted, whatever voltage that is.
+    ///
+    /// While it is, a level-triggered entry that is not masked is delivered, and again after each
+    /// end of interrupt. An edge-triggered entry is delivered once, when it becomes asserted.
+    pub fn set_level(&self, gsi: u32, asserted: bool) {
+        let pin = gsi as usize;
+        if self.used.get(pin) != Some(&true) {
+            return;
+        }
         let mut registers = self.lock();
-        let Some(entry) = registers.entries.get_mut(gsi as usize) else {
-            return false;
-        };
-        if *entry & MASKED != 0 || *entry & REMOTE_IRR != 0 {
-            return false;
+        let before = std::mem::replace(&mut registers.asserted[pin], asserted);
+        if registers.entries[pin] & LEVEL != 0 {
+            self.deliver(&mut registers, pin);
+        } else if asserted
+            && !before
+            && let Some(message) = message(registers.entries[pin])
+        {
+            self.router.send(message);
         }
-        if *entry & LEVEL != 0 {
-            *entry |= REMOTE_IRR;
-        }
-        true
     }
 
     /// The guest ended an interrupt with this vector at its local APIC (`KVM_EXIT_IOAPIC_EOI`):
-    /// clears Remote IRR of the level-triggered entries with this vector, and has their lines
-    /// looked at again ([`MsiRouter::resample`]).
+    /// clears Remote IRR of the level-triggered entries with this vector, and delivers those that
+    /// are still asserted again.
     pub fn end_of_interrupt(&self, vector: u8) {
-        let mut ended = [false; PINS];
-        {
-            let mut registers = self.lock();
-            for (entry, ended) in registers.entries.iter_mut().zip(&mut ended) {
-                if *entry & LEVEL != 0 && *entry & VECTOR == u64::from(vector) {
-                    *entry &= !REMOTE_IRR;
-                    *ended = true;
-                }
+        let mut registers = self.lock();
+        for pin in 0..PINS {
+            let entry = &mut registers.entries[pin];
+            if *entry & LEVEL != 0 && *entry & VECTOR == u64::from(vector) {
+                *entry &= !REMOTE_IRR;
+                self.deliver(&mut registers, pin);
             }
         }
-        // Not under the lock: who holds a line may come back with `deliver`.
-        for (gsi, ended) in (0..).zip(ended) {
-            if ended && self.used.get(gsi as usize) == Some(&true) {
-                self.router.resample(gsi);
-            }
+    }
+
+    /// Sends the message of a level-triggered entry if its pin is asserted, and it was not sent
+    /// since the last end of interrupt. One that no processor took is tried again when the entry is
+    /// written, or the level changes.
+    fn deliver(&self, registers: &mut Registers, pin: usize) {
+        let entry = registers.entries[pin];
+        if !registers.asserted[pin] || entry & LEVEL == 0 || entry & REMOTE_IRR != 0 {
+            return;
+        }
+        if let Some(message) = message(entry)
+            && self.router.send(message)
+        {
+            registers.entries[pin] |= REMOTE_IRR;
         }
     }
 
@@ -260,7 +271,9 @@ impl IoApic {
             // way where there is no register for it.
             *entry &= !REMOTE_IRR;
         }
+        // The route first: by it KVM knows that it has to tell of the end of the interrupt.
         self.update_routes(&mut registers);
+        self.deliver(&mut registers, pin);
     }
 
     fn read_window(&self) -> u32 {

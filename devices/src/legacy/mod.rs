@@ -9,5 +9,5 @@ mod rtc;
 pub mod serial;
 
 pub use i8042::{I8042, I8042State};
-pub use ioapic::{IOAPIC_PINS, IoApic, IoApicState, MsiMessage, MsiRoute, MsiRouter};
+pub use ioapic::{IOAPIC_PINS, IoApic, IoApicState, MsiRoute, MsiRouter};
 pub use rtc::{Rtc, RtcState};

@@ -1,16 +1,7 @@
 //! Where MSI-X messages go.
 
+use kiln_device_api::MsiMessage;
 use vmm_sys_util::eventfd::EventFd;
-
-/// What a vector sends: a write of `data` to `address`, which an x86 interrupt controller takes as
-/// an interrupt (Intel SDM, volume 3, section 11.11).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct MsiMessage {
-    /// The guest physical address that is written.
-    pub address: u64,
-    /// The value that is written there.
-    pub data: u32,
-}
 
 /// The way of a function's messages to the guest's interrupt controller.
 ///

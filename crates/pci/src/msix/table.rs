@@ -1,8 +1,9 @@
 //! The table of vectors, and when which of them is open.
 
+use kiln_device_api::MsiMessage;
 use serde::{Deserialize, Serialize};
 
-use super::{MsiMessage, MsixSink};
+use super::MsixSink;
 use crate::registers::{MSIX_CONTROL_ENABLE, MSIX_CONTROL_FUNCTION_MASK};
 
 /// The double words of a table entry.

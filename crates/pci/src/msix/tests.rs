@@ -3,7 +3,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::{Bar, Error};
+use crate::{Bar, Error, MsiMessage};
 
 const ENABLE: u16 = 0x8000;
 const FUNCTION_MASK: u16 = 0x4000;

@@ -1,15 +1,25 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 use crate::test_support::{Random, every_access};
 
 #[derive(Default)]
 struct Router {
     sets: Mutex<Vec<Vec<MsiRoute>>>,
-    resampled: Mutex<Vec<u32>>,
+    /// The data of the messages that were sent.
+    sent: Mutex<Vec<u32>>,
+    /// No processor takes a message.
+    deaf: AtomicBool,
 }
 
 impl Router {
     fn sets(&self) -> usize {
         self.sets.lock().unwrap().len()
+    }
+
+    /// The data of the messages since the last call.
+    fn take_sent(&self) -> Vec<u32> {
+        std::mem::take(&mut self.sent.lock().unwrap())
     }
 
     fn last(&self) -> Vec<MsiRoute> {
@@ -22,8 +32,9 @@ impl MsiRouter for Router {
         self.sets.lock().unwrap().push(routes.to_vec());
     }
 
-    fn resample(&self, gsi: u32) {
-        self.resampled.lock().unwrap().push(gsi);
+    fn send(&self, message: MsiMessage) -> bool {
+        self.sent.lock().unwrap().push(message.data);
+        !self.deaf.load(Ordering::Relaxed)
     }
 }
 
@@ -172,36 +183,101 @@ fn narrow_and_wide_accesses_are_those_of_kvm() {
     assert_eq!(read(&ioapic, low(3)), 0x1_0001);
 }
 
+const SENT: u32 = 0x60 | LEVEL_LOW;
+
 #[test]
-fn a_level_interrupt_is_delivered_again_only_after_its_end() {
+fn an_asserted_level_is_delivered_once_an_end_of_interrupt() {
     let (ioapic, router) = ioapic(&[10, 11]);
-    assert!(!ioapic.deliver(10), "masked");
     write(&ioapic, low(10), 0x60 | LEVEL_LOW);
-    write(&ioapic, low(11), 0x61);
-    assert!(ioapic.deliver(10));
-    assert!(!ioapic.deliver(10));
+    assert!(router.take_sent().is_empty(), "not asserted");
+    ioapic.set_level(10, true);
+    ioapic.set_level(10, true);
+    assert_eq!(router.take_sent(), [SENT]);
     assert_eq!(read(&ioapic, low(10)), 0x60 | LEVEL_LOW | 1 << 14);
-    // A write cannot change it.
+    // A write cannot change that it waits for its end.
     write(&ioapic, low(10), 0x60 | LEVEL_LOW);
-    assert!(!ioapic.deliver(10));
     ioapic.end_of_interrupt(0x61);
-    ioapic.end_of_interrupt(0x62);
-    assert!(
-        router.resampled.lock().unwrap().is_empty(),
-        "no level entry"
-    );
+    assert!(router.take_sent().is_empty(), "another vector");
     ioapic.end_of_interrupt(0x60);
-    assert_eq!(*router.resampled.lock().unwrap(), [10]);
-    assert!(ioapic.deliver(10));
-    // The register for it, and the old way: edge and back.
+    assert_eq!(router.take_sent(), [SENT], "it is still asserted");
+    ioapic.set_level(10, false);
+    ioapic.end_of_interrupt(0x60);
+    assert!(router.take_sent().is_empty());
+    assert_eq!(read(&ioapic, low(10)), 0x60 | LEVEL_LOW);
+    // The register for the end of interrupts.
+    ioapic.set_level(10, true);
     assert!(ioapic.write(0x40, &[0x60, 0, 0, 0]).is_continue());
-    assert!(ioapic.deliver(10));
-    write(&ioapic, low(10), 0x60);
+    assert_eq!(router.take_sent(), [SENT, SENT]);
+}
+
+#[test]
+fn a_level_that_comes_and_goes_while_it_is_served_is_not_delivered() {
+    let (ioapic, router) = ioapic(&[10]);
     write(&ioapic, low(10), 0x60 | LEVEL_LOW);
-    assert!(ioapic.deliver(10));
-    // Edges have no end.
-    assert!(ioapic.deliver(11) && ioapic.deliver(11));
-    assert!(!ioapic.deliver(24) && !ioapic.deliver(u32::MAX));
+    ioapic.set_level(10, true);
+    for _ in 0..3 {
+        ioapic.set_level(10, false);
+        ioapic.set_level(10, true);
+    }
+    ioapic.set_level(10, false);
+    ioapic.end_of_interrupt(0x60);
+    assert_eq!(router.take_sent(), [SENT]);
+}
+
+#[test]
+fn a_level_that_was_masked_is_delivered_when_it_is_unmasked() {
+    let (ioapic, router) = ioapic(&[10]);
+    ioapic.set_level(10, true);
+    write(&ioapic, low(10), 0x60 | LEVEL_LOW | MASKED_LOW);
+    assert!(router.take_sent().is_empty());
+    write(&ioapic, low(10), 0x60 | LEVEL_LOW);
+    assert_eq!(router.take_sent(), [SENT]);
+    // Masked while it is served: its end is noted, and the level kept.
+    write(&ioapic, low(10), 0x60 | LEVEL_LOW | MASKED_LOW);
+    ioapic.end_of_interrupt(0x60);
+    assert!(router.take_sent().is_empty());
+    write(&ioapic, low(10), 0x60 | LEVEL_LOW);
+    assert_eq!(router.take_sent(), [SENT]);
+    // How guests end one without the register: to edge and back.
+    write(&ioapic, low(10), 0x60 | MASKED_LOW);
+    write(&ioapic, low(10), 0x60 | LEVEL_LOW);
+    assert_eq!(router.take_sent(), [SENT]);
+}
+
+#[test]
+fn a_level_on_an_edge_triggered_entry_is_delivered_when_it_rises() {
+    let (ioapic, router) = ioapic(&[10]);
+    write(&ioapic, low(10), 0x60);
+    ioapic.set_level(10, true);
+    ioapic.set_level(10, true);
+    ioapic.end_of_interrupt(0x60);
+    assert_eq!(router.take_sent(), [0x60]);
+    ioapic.set_level(10, false);
+    ioapic.set_level(10, true);
+    assert_eq!(router.take_sent(), [0x60]);
+}
+
+#[test]
+fn what_no_processor_took_has_no_end_to_wait_for() {
+    let (ioapic, router) = ioapic(&[10]);
+    router.deaf.store(true, Ordering::Relaxed);
+    write(&ioapic, low(10), 0x60 | LEVEL_LOW);
+    ioapic.set_level(10, true);
+    assert_eq!(router.take_sent(), [SENT]);
+    assert_eq!(read(&ioapic, low(10)), 0x60 | LEVEL_LOW);
+    router.deaf.store(false, Ordering::Relaxed);
+    write(&ioapic, low(10) + 1, 0);
+    assert_eq!(router.take_sent(), [SENT]);
+}
+
+#[test]
+fn pins_that_nothing_is_connected_to_have_no_level() {
+    let (ioapic, router) = ioapic(&[10]);
+    write(&ioapic, low(11), 0x60 | LEVEL_LOW);
+    for gsi in [11, 24, u32::MAX] {
+        ioapic.set_level(gsi, true);
+    }
+    assert!(router.take_sent().is_empty());
 }
 
 #[test]
@@ -210,7 +286,7 @@ fn a_restored_one_sets_its_routes() {
     write(&ioapic, ID, 5 << 24);
     write(&ioapic, low(4), 0x31);
     write(&ioapic, low(10), 0x60 | LEVEL_LOW);
-    assert!(ioapic.deliver(10));
+    ioapic.set_level(10, true);
     let state = serde_json::to_string(&ioapic.state()).unwrap();
     let state: IoApicState = serde_json::from_str(&state).unwrap();
     let restored = Arc::new(Router::default());
@@ -218,7 +294,10 @@ fn a_restored_one_sets_its_routes() {
     assert_eq!(copy.state(), ioapic.state());
     assert_eq!(restored.sets(), 1);
     assert_eq!(restored.last(), router.last());
-    assert!(!copy.deliver(10), "not ended yet");
+    copy.set_level(10, true);
+    assert!(restored.take_sent().is_empty(), "not ended yet");
+    copy.end_of_interrupt(0x60);
+    assert_eq!(restored.take_sent(), [SENT]);
 }
 
 #[test]
@@ -251,7 +330,7 @@ fn hostile_writes_never_end_the_machine_nor_break_the_routes() {
         let bits = random.next();
         write(&ioapic, bits as u8, (bits >> 8) as u32);
         ioapic.end_of_interrupt((bits >> 40) as u8);
-        ioapic.deliver((bits >> 48) as u32 % 32);
+        ioapic.set_level((bits >> 48) as u32 % 32, bits >> 63 != 0);
     }
     // What the router has is what the table says, and each change was one.
     let sets = router.sets.lock().unwrap();
