@@ -15,10 +15,14 @@ use virtio_bindings::{virtio_config, virtio_ring};
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::counters::Counted;
 use crate::error::one_line;
 use crate::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use crate::status::{DEVICE_NEEDS_RESET, SharedStatus};
-use crate::{Activation, ActiveQueue, CoreState, TransportError, VirtioDevice, VirtioInterrupt};
+use crate::{
+    Activation, ActiveQueue, CoreState, DeviceCounters, TransportError, VirtioDevice,
+    VirtioInterrupt,
+};
 
 use queue::QueueSlot;
 pub(crate) use queue::{Half, QueueArea};
@@ -39,6 +43,7 @@ pub(crate) struct VirtioCore {
     io: IoHandle,
     interrupt: Arc<dyn VirtioInterrupt>,
     shared: Arc<SharedStatus>,
+    counters: Arc<DeviceCounters>,
     device_type: u32,
     offered: u64,
     device_features_select: u32,
@@ -77,12 +82,14 @@ impl VirtioCore {
         let offered =
             (device.features() & DEVICE_TYPE_FEATURES) | VERSION_1 | EVENT_IDX | INDIRECT_DESC;
         let queues = queue_slots(device.as_ref(), state)?;
+        let counters = Arc::new(DeviceCounters::new(queues.len()));
         let mut core = Self {
             device,
             memory,
             io,
-            interrupt,
+            interrupt: Arc::new(Counted::new(interrupt, Arc::clone(&counters))),
             shared,
+            counters,
             device_type,
             offered,
             device_features_select: state.device_features_select,
@@ -121,6 +128,11 @@ impl VirtioCore {
 
     pub(crate) fn device_type(&self) -> u32 {
         self.device_type
+    }
+
+    /// What the device does.
+    pub(crate) fn counters(&self) -> Arc<DeviceCounters> {
+        Arc::clone(&self.counters)
     }
 
     /// The eventfds that tell the device of new buffers, in the order of the queues.
@@ -260,7 +272,7 @@ impl VirtioCore {
     fn build_queues(&self) -> Result<Vec<ActiveQueue>, String> {
         let event_idx = self.driver_features & EVENT_IDX != 0;
         let mut queues = Vec::new();
-        for (index, slot) in (0..).zip(&self.queues) {
+        for ((index, slot), counters) in (0..).zip(&self.queues).zip(&self.counters.queues) {
             if slot.registers.ready {
                 let queue = slot
                     .build(&self.memory, event_idx)
@@ -269,6 +281,7 @@ impl VirtioCore {
                     index,
                     queue,
                     kick: Arc::clone(&slot.kick),
+                    counters: Arc::clone(counters),
                 });
             }
         }
@@ -281,13 +294,15 @@ impl VirtioCore {
         let kicks: Vec<_> = queues.iter().map(|queue| Arc::clone(&queue.kick)).collect();
         // Also where it fails: the device has the queues until it is deactivated.
         self.active = Some(queues.len());
-        let activated = self.device.activate(Activation {
+        let activation = Activation {
             memory: Arc::clone(&self.memory),
             features: self.driver_features,
             queues,
             interrupt: Arc::clone(&self.interrupt),
             io: self.io.clone(),
-        });
+        };
+        let span = self.shared.span();
+        let activated = span.in_scope(|| self.device.activate(activation));
         match activated {
             // Buffers may have been made available while nobody listened.
             Ok(()) => kicks.iter().for_each(|kick| drop(kick.write(1))),
@@ -300,7 +315,8 @@ impl VirtioCore {
         let Some(given) = self.active.take() else {
             return Vec::new();
         };
-        let mut queues = self.device.deactivate();
+        let span = self.shared.span();
+        let mut queues = span.in_scope(|| self.device.deactivate());
         queues.sort_by_key(|queue| queue.index);
         if queues.len() != given && !self.shared.has(DEVICE_NEEDS_RESET) {
             self.interrupt

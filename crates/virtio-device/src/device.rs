@@ -8,7 +8,7 @@ use kiln_memory::GuestMemory;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::VirtioInterrupt;
+use crate::{QueueCounters, VirtioInterrupt};
 
 /// A virtio device (virtio 1.3, section 2), which knows nothing of its transport.
 ///
@@ -120,6 +120,8 @@ pub struct ActiveQueue {
     pub queue: Queue,
     /// Written when the driver notifies the device of new buffers. It does not block.
     pub kick: Arc<EventFd>,
+    /// What was done on the queue; a [`Worker`](crate::Worker) counts it.
+    pub counters: Arc<QueueCounters>,
 }
 
 impl fmt::Debug for ActiveQueue {

@@ -17,6 +17,7 @@
 //! |---|---|
 //! | `device` | [`VirtioDevice`], and what it is activated with |
 //! | `interrupt` | [`VirtioInterrupt`]: the way from a device to its driver |
+//! | `counters` | [`DeviceCounters`], [`QueueCounters`]: what a device has done, to be read at any time |
 //! | `core` | the state machine of status, features and queues, which all transports share |
 //! | `mmio` | [`MmioTransport`] |
 //! | `buffers` | [`GuestBuffers`]: descriptor chains as slices of guest RAM, with no copy |
@@ -24,6 +25,11 @@
 //! | `simple` | [`SimpleDevice`] |
 //! | `state` | [`CoreState`], [`MmioState`], [`QueueState`]: state to be stored |
 //! | `testing` | a mock driver and an interrupt recorder (feature `test-utils`) |
+//!
+//! A transport, and the device behind it, belong to the `tracing` span in which the transport is made:
+//! the device is activated, deactivated and started on its I/O thread in that span. Processing a
+//! queue is not worth entering it; a [`QueueHandler`] that may have to log something there keeps
+//! `tracing::Span::current()` of its `start`.
 //!
 //! # Example
 //!
@@ -61,6 +67,7 @@
 
 mod buffers;
 mod core;
+mod counters;
 mod device;
 mod error;
 mod interrupt;
@@ -75,6 +82,7 @@ pub mod testing;
 mod worker;
 
 pub use buffers::{ChainError, GuestBuffers, ShortBuffer};
+pub use counters::{DeviceCounters, QueueCounters};
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config_bytes};
 pub use error::TransportError;
 pub use interrupt::{InterruptEvent, VirtioInterrupt};

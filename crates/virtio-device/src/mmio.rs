@@ -15,7 +15,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::core::{Half, QueueArea, VirtioCore};
 use crate::status::SharedStatus;
-use crate::{InterruptEvent, MmioState, TransportError, VirtioDevice, VirtioInterrupt};
+use crate::{
+    DeviceCounters, InterruptEvent, MmioState, TransportError, VirtioDevice, VirtioInterrupt,
+};
 
 /// The registers (virtio 1.3, section 4.2.2). Each is 32 bits wide.
 mod register {
@@ -72,6 +74,7 @@ pub struct MmioTransport {
     core: Mutex<VirtioCore>,
     device_type: u32,
     kicks: Vec<Arc<EventFd>>,
+    counters: Arc<DeviceCounters>,
     interrupt: Arc<MmioInterrupt>,
 }
 
@@ -131,11 +134,12 @@ impl MmioTransport {
         });
         let for_device = Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>;
         let core = VirtioCore::from_state(device, memory, io, for_device, shared, &state.core)?;
-        let kicks = core.kicks();
+        let (kicks, counters) = (core.kicks(), core.counters());
         Ok(Self {
             device_type: core.device_type(),
             core: Mutex::new(core),
             kicks,
+            counters,
             interrupt,
         })
     }
@@ -148,6 +152,11 @@ impl MmioTransport {
     /// One eventfd for each queue, in the order of their indices, to be written by a notification.
     pub fn kicks(&self) -> Vec<Arc<EventFd>> {
         self.kicks.clone()
+    }
+
+    /// What the device does, to be looked at while it works.
+    pub fn counters(&self) -> Arc<DeviceCounters> {
+        Arc::clone(&self.counters)
     }
 
     /// Stops the device's work and keeps its queues. To be called when no vCPU runs, so that

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
+use tracing::Span;
 use virtio_bindings::virtio_config as raw;
 
 /// The driver has found the device (virtio 1.3, section 2.1, as all that follow).
@@ -25,6 +26,8 @@ pub(crate) struct SharedStatus {
     status: AtomicU8,
     generation: AtomicU32,
     told: AtomicBool,
+    /// The span in which the transport was made: messages about the device belong to it.
+    span: Span,
 }
 
 impl SharedStatus {
@@ -34,6 +37,7 @@ impl SharedStatus {
             status: AtomicU8::new(status),
             generation: AtomicU32::new(generation),
             told: AtomicBool::new(false),
+            span: Span::current(),
         }
     }
 
@@ -59,12 +63,18 @@ impl SharedStatus {
     pub(crate) fn set_needs_reset(&self, reason: &dyn fmt::Display) -> bool {
         let before = self.status.fetch_or(DEVICE_NEEDS_RESET, Ordering::AcqRel);
         if !self.told.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                device_type = self.device_type,
-                "a virtio device needs to be reset by its driver (told once): {reason}"
-            );
+            self.span.in_scope(|| {
+                tracing::warn!(
+                    device_type = self.device_type,
+                    "a virtio device needs to be reset by its driver (told once): {reason}"
+                );
+            });
         }
         before & DRIVER_OK != 0
+    }
+
+    pub(crate) fn span(&self) -> &Span {
+        &self.span
     }
 
     /// The number that changes with the configuration (virtio 1.3, section 2.5.1).

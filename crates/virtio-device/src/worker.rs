@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use kiln_io_thread::{Attached, EventSet, IoEvent, IoHandler, Registrar};
 use kiln_memory::GuestMemory;
+use tracing::Span;
 
 use crate::error::one_line;
 use crate::{
@@ -187,6 +188,8 @@ struct Runner<H> {
     queues: Vec<ActiveQueue>,
     interrupt: Interrupt,
     features: u64,
+    /// The device's span, in which it is activated.
+    span: Span,
     start_error: Option<io::Error>,
     failed: bool,
 }
@@ -207,6 +210,7 @@ impl<H: QueueHandler> Runner<H> {
             queues: activation.queues,
             interrupt: Interrupt(activation.interrupt),
             features: activation.features,
+            span: Span::current(),
             start_error: None,
             failed: false,
         }
@@ -266,7 +270,8 @@ impl<H: QueueHandler> Runner<H> {
 impl<H: QueueHandler> IoHandler for Runner<H> {
     fn start(&mut self, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
         // An error returned here would drop the handler and the queues.
-        self.start_error = self.register(registrar).err();
+        let span = self.span.clone();
+        self.start_error = span.in_scope(|| self.register(registrar)).err();
         Ok(())
     }
 

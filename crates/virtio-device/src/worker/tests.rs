@@ -262,6 +262,7 @@ impl Bare {
                 index: 3,
                 queue,
                 kick,
+                counters: Arc::default(),
             },
         }
     }

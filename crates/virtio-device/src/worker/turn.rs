@@ -10,7 +10,10 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::buffers::split_chain;
-use crate::{ActiveQueue, GuestBuffers, InterruptEvent, QueueError, VirtioInterrupt};
+use crate::counters::add_alone;
+use crate::{
+    ActiveQueue, GuestBuffers, InterruptEvent, QueueCounters, QueueError, VirtioInterrupt,
+};
 
 /// The chains that a turn completes before other queues get theirs.
 const TURN_CHAINS: usize = 128;
@@ -25,7 +28,9 @@ const TURN_BYTES: usize = 8 << 20;
 #[must_use = "a chain that is dropped never returns to the driver"]
 pub struct Chain<'m> {
     head: u16,
+    /// The bytes of both parts, before anything was read or written.
     bytes: usize,
+    readable_bytes: usize,
     /// What the driver wrote for the device to read.
     pub readable: GuestBuffers<'m>,
     /// What the device is to write.
@@ -49,6 +54,7 @@ pub struct Turn<'m> {
     index: u16,
     queue: &'m mut Queue,
     memory: &'m GuestMemory,
+    counters: &'m QueueCounters,
     chains_left: usize,
     bytes_left: usize,
     popped: usize,
@@ -70,6 +76,7 @@ impl<'m> Turn<'m> {
             index: active.index,
             queue: &mut active.queue,
             memory,
+            counters: &active.counters,
             chains_left: TURN_CHAINS,
             bytes_left: TURN_BYTES,
             popped: 0,
@@ -119,6 +126,7 @@ impl<'m> Turn<'m> {
         let mut chain = self.spare.pop().unwrap_or_else(|| Chain {
             head: 0,
             bytes: 0,
+            readable_bytes: 0,
             readable: GuestBuffers::new(),
             writable: GuestBuffers::new(),
         });
@@ -128,7 +136,8 @@ impl<'m> Turn<'m> {
             readable, writable, ..
         } = &mut chain;
         split_chain(self.memory, descriptors, size, readable, writable)?;
-        chain.bytes = chain.readable.len().saturating_add(chain.writable.len());
+        chain.readable_bytes = chain.readable.len();
+        chain.bytes = chain.readable_bytes.saturating_add(chain.writable.len());
         Ok(Some(chain))
     }
 
@@ -153,6 +162,7 @@ impl<'m> Turn<'m> {
         chains: impl IntoIterator<Item = (Chain<'m>, u32)>,
     ) -> Result<(), QueueError> {
         let mut next = Wrapping(self.queue.next_used());
+        let (mut requests, mut from_driver, mut to_driver) = (0, 0, 0);
         for (mut chain, written) in chains {
             let slot = u64::from(next.0 % self.queue.size());
             // An entry is two little-endian words: the head, and the length.
@@ -161,12 +171,18 @@ impl<'m> Turn<'m> {
                 .write_obj(entry, self.used_ring(4 + 8 * slot)?)
                 .map_err(virtio_queue::Error::GuestMemory)?;
             next += 1;
+            requests += 1;
+            from_driver += chain.readable_bytes as u64;
+            to_driver += u64::from(written);
             self.chains_left = self.chains_left.saturating_sub(1);
             self.bytes_left = self.bytes_left.saturating_sub(chain.bytes);
             chain.readable.clear();
             chain.writable.clear();
             self.spare.push(chain);
         }
+        add_alone(&self.counters.requests, requests);
+        add_alone(&self.counters.bytes_from_driver, from_driver);
+        add_alone(&self.counters.bytes_to_driver, to_driver);
         self.queue.set_next_used(next.0);
         self.memory
             .store(next.0.to_le(), self.used_ring(2)?, Ordering::Release)
