@@ -83,7 +83,7 @@ pub struct IoThread {
 
 impl IoThread {
     /// Starts a thread of this name (at most 15 bytes are shown by the system). `on_panic` is
-    /// called on it when a handler panics.
+    /// called on it when a handler panics. The thread is in the caller's `tracing` span.
     ///
     /// # Errors
     ///
@@ -98,12 +98,14 @@ impl IoThread {
         };
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
+        let span = tracing::Span::current();
         // The event manager is not `Send`: it is made on its thread and sends its endpoint back.
         let (sender, receiver) = sync_channel(1);
         let join = Builder::new()
             .name(name.to_owned())
             .stack_size(STACK_SIZE)
             .spawn(move || {
+                let _in_span = span.entered();
                 let mut manager = match EventManager::<Subscriber>::new() {
                     Ok(manager) => manager,
                     Err(error) => {

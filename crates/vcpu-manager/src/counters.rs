@@ -2,9 +2,11 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 /// How often a vCPU came out of the guest, by kind, since it was started. Reading them stops
 /// nothing; counts of different kinds may be a few exits apart.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct ExitCounts {
     /// Port reads; a `rep ins` counts once for each exit, not for each element.

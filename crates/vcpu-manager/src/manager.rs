@@ -36,7 +36,8 @@ impl VcpuManager {
     /// the guest at once; with a local APIC in the kernel, KVM itself holds all but the first back
     /// until the guest starts them.
     ///
-    /// `bus` answers their accesses, on their threads. `hooks` are called at the machine's end.
+    /// `bus` answers their accesses, on their threads. `hooks` are called at the machine's end. The
+    /// threads are in the caller's `tracing` span.
     ///
     /// # Errors
     ///

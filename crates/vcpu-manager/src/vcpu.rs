@@ -182,7 +182,12 @@ fn kind(exit: &Exit) -> Kind {
 
 /// What a spawned thread runs: it owns its share, so that the last one out frees it.
 pub(crate) fn thread_body(shared: Arc<Shared>, index: usize) -> impl FnOnce() + Send + 'static {
-    move || run_thread(&shared, index)
+    let span = tracing::Span::current();
+    move || {
+        let _in_span = span.entered();
+        run_thread(&shared, index);
+        drop(shared);
+    }
 }
 
 #[cfg(test)]

@@ -5,10 +5,14 @@
 //! |---|---|
 //! | [`block`] | [`Block`](block::Block), and raw files as disks |
 //! | [`net`] | [`Net`](net::Net), and taps as its cable |
+//! | `latency` | [`LatencyHistogram`]: how long something took, counted without a lock |
 //! | `iovec` | vectored I/O between file descriptors and guest RAM |
 
 pub mod block;
 #[cfg(test)]
 mod hostile;
 mod iovec;
+mod latency;
 pub mod net;
+
+pub use latency::{LatencyHistogram, LatencySnapshot};

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,8 +35,21 @@ impl Output {
     }
 }
 
+/// What went through a serial port since it was made.
+#[derive(Debug, Default)]
+pub struct SerialCounters {
+    /// Bytes that the guest sent.
+    pub output_bytes: AtomicU64,
+    /// Bytes of these that nobody was there to take, or that the guest sent to a port that was
+    /// busy.
+    pub dropped_bytes: AtomicU64,
+    /// Bytes that were read from the console for the guest.
+    pub input_bytes: AtomicU64,
+}
+
 pub(super) struct Link {
     output: Mutex<Output>,
+    pub(super) counters: Arc<SerialCounters>,
     drained: Condvar,
     /// Whether the worker waits for the guest to take input.
     input_waits: AtomicBool,
@@ -54,6 +67,7 @@ impl Link {
                 open,
                 ..Output::default()
             }),
+            counters: Arc::default(),
             drained: Condvar::new(),
             input_waits: AtomicBool::new(false),
             wake: EventFd::new(EFD_NONBLOCK)?,
@@ -75,8 +89,10 @@ impl Link {
     /// The guest sends a byte. One that does not fit is lost, as on a line whose other end is not
     /// listening: the guest did not look whether it may send.
     fn send(&self, byte: u8) {
+        self.counters.output_bytes.fetch_add(1, Ordering::Relaxed);
         let mut output = self.output();
         if !output.open || output.bytes.len() >= OUTPUT_CAPACITY {
+            self.counters.dropped_bytes.fetch_add(1, Ordering::Relaxed);
             return;
         }
         output.bytes.push_back(byte);
@@ -120,7 +136,10 @@ impl Link {
     pub(super) fn discard(&self) -> bool {
         let mut output = self.output();
         output.open = false;
-        output.bytes = VecDeque::new();
+        let dropped = std::mem::take(&mut output.bytes).len() as u64;
+        self.counters
+            .dropped_bytes
+            .fetch_add(dropped, Ordering::Relaxed);
         self.drained.notify_all();
         output.take_refused()
     }

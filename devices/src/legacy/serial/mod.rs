@@ -10,7 +10,7 @@
 //! |---|---|
 //! | `mod` | [`Serial`]: the registers, and the port's state |
 //! | `console` | [`Console`], [`ConsoleInput`], [`ConsoleOutput`]: what may be at the other end |
-//! | `link` | the buffer between the two, and their ways to wake each other |
+//! | `link` | the buffer between the two, their ways to wake each other, and [`SerialCounters`] |
 //! | `worker` | the handler on the I/O thread |
 
 mod console;
@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 
 pub use console::{Captured, Console, ConsoleInput, ConsoleOutput};
+pub use link::SerialCounters;
 
 use link::{InputEvents, Link, OutputWriter};
 use worker::Worker;
@@ -309,6 +310,11 @@ impl Serial {
     pub fn state(&self) -> SerialState {
         let uart = self.shared.uart();
         SerialState::new(uart.registers.state(), uart.input.clone())
+    }
+
+    /// What went through the port, to be looked at while it works.
+    pub fn counters(&self) -> Arc<SerialCounters> {
+        Arc::clone(&self.shared.link.counters)
     }
 
     /// Waits until all that the guest has sent was written to the console, for at most `timeout`.

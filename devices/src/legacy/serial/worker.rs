@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use kiln_io_thread::{EventSet, IoEvent, IoHandler, Registrar};
 
@@ -165,6 +166,8 @@ impl Worker {
             match source.read(&mut buffer[..room.min(FIFO_SIZE)]) {
                 Ok(0) => return self.end_input(registrar),
                 Ok(len) => {
+                    let read = &self.shared.link.counters.input_bytes;
+                    read.fetch_add(len as u64, Ordering::Relaxed);
                     let mut uart = self.shared.uart();
                     uart.input.extend_from_slice(&buffer[..len]);
                     uart.feed();
@@ -231,10 +234,7 @@ impl IoHandler for Worker {
 
     fn ready(&mut self, event: IoEvent, registrar: &mut Registrar<'_, '_>) {
         #[cfg(test)]
-        self.shared
-            .link
-            .calls
-            .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        self.shared.link.calls.fetch_add(1, Ordering::SeqCst);
         match event.token {
             WAKE => {
                 let _ = self.shared.link.wake.read();

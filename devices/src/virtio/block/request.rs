@@ -6,9 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kiln_io_thread::Registrar;
 use kiln_virtio_device::{Chain, GuestBuffers, QueueError, QueueHandler, Turn};
+use tracing::Span;
 use virtio_bindings::virtio_blk as raw;
 
 use super::{BlockBackend, SECTOR_SIZE};
+use crate::virtio::LatencyHistogram;
 
 /// The length of the identification string (virtio 1.3, section 5.2.6).
 pub(super) const ID_BYTES: usize = raw::VIRTIO_BLK_ID_BYTES as usize;
@@ -34,8 +36,16 @@ pub struct BlockCounters {
     pub write_bytes: AtomicU64,
     /// Flushes that succeeded.
     pub flushes: AtomicU64,
+    /// Requests for the disk's identification that succeeded.
+    pub ids: AtomicU64,
     /// Requests that failed, for whatever reason.
     pub errors: AtomicU64,
+    /// How long the backend took for each read that it was asked for, whether or not it succeeded.
+    pub read_latency: LatencyHistogram,
+    /// The same for writes.
+    pub write_latency: LatencyHistogram,
+    /// The same for flushes, those included that writes need where the driver does not flush.
+    pub flush_latency: LatencyHistogram,
 }
 
 /// What lives on the I/O thread: the disk.
@@ -46,6 +56,8 @@ pub(super) struct BlockHandler {
     /// The driver does not flush, so every write has to last (virtio 1.3, section 5.2.6.2).
     write_through: bool,
     told: bool,
+    /// The device's span, for the one message.
+    span: Span,
 }
 
 /// The answer to a request: how many bytes of data were written to the guest, or what status to
@@ -61,6 +73,7 @@ impl BlockHandler {
             counters,
             write_through: false,
             told: false,
+            span: Span::none(),
         }
     }
 
@@ -98,6 +111,7 @@ impl BlockHandler {
             raw::VIRTIO_BLK_T_FLUSH => self.flush(),
             raw::VIRTIO_BLK_T_GET_ID => {
                 data.write(&self.id).map_err(|_| IO_ERROR)?;
+                self.counters.ids.fetch_add(1, Ordering::Relaxed);
                 Ok(ID_BYTES)
             }
             _ => Err(UNSUPPORTED),
@@ -106,7 +120,8 @@ impl BlockHandler {
 
     fn read(&mut self, sector: u64, data: &GuestBuffers<'_>) -> Answer {
         let offset = self.check(sector, data.len())?;
-        let result = self.backend.read_at(offset, data.slices());
+        let latency = &self.counters.read_latency;
+        let result = latency.time(|| self.backend.read_at(offset, data.slices()));
         self.check_io("read from", result)?;
         self.counters.reads.fetch_add(1, Ordering::Relaxed);
         self.counters
@@ -120,11 +135,11 @@ impl BlockHandler {
             return Err(IO_ERROR);
         }
         let offset = self.check(sector, data.len())?;
-        let result = self.backend.write_at(offset, data.slices());
+        let latency = &self.counters.write_latency;
+        let result = latency.time(|| self.backend.write_at(offset, data.slices()));
         self.check_io("write to", result)?;
         if self.write_through {
-            let result = self.backend.flush();
-            self.check_io("flush", result)?;
+            self.flush_backend()?;
         }
         self.counters.writes.fetch_add(1, Ordering::Relaxed);
         self.counters
@@ -134,14 +149,17 @@ impl BlockHandler {
     }
 
     fn flush(&mut self) -> Answer {
-        let result = if self.backend.is_read_only() {
-            Ok(())
-        } else {
-            self.backend.flush()
-        };
-        self.check_io("flush", result)?;
+        if !self.backend.is_read_only() {
+            self.flush_backend()?;
+        }
         self.counters.flushes.fetch_add(1, Ordering::Relaxed);
         Ok(0)
+    }
+
+    fn flush_backend(&mut self) -> Result<(), u8> {
+        let latency = &self.counters.flush_latency;
+        let result = latency.time(|| self.backend.flush());
+        self.check_io("flush", result)
     }
 
     /// Where in bytes a request for `len` bytes begins, if it is one of whole sectors that the
@@ -159,7 +177,8 @@ impl BlockHandler {
     fn check_io(&mut self, what: &str, result: io::Result<()>) -> Result<(), u8> {
         result.map_err(|error| {
             if !std::mem::replace(&mut self.told, true) {
-                tracing::warn!("{what} a disk (told once): {error}");
+                self.span
+                    .in_scope(|| tracing::warn!("{what} a disk (told once): {error}"));
             }
             IO_ERROR
         })
@@ -168,6 +187,7 @@ impl BlockHandler {
 
 impl QueueHandler for BlockHandler {
     fn start(&mut self, features: u64, _registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+        self.span = Span::current();
         self.write_through = features & (1 << raw::VIRTIO_BLK_F_FLUSH) == 0;
         Ok(())
     }

@@ -3,12 +3,14 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kiln_memory::GuestSlice;
 use kiln_virtio_device::testing::{Buffer, MockDriver, register, status};
 use tempfile::NamedTempFile;
 
 use super::*;
+use crate::virtio::LatencySnapshot;
 use crate::virtio::hostile::{Random, storm};
 
 const READ: u32 = 0;
@@ -385,6 +387,62 @@ fn every_write_lasts_where_the_driver_does_not_flush() {
         assert_eq!(request(&mut driver, WRITE, 1, 512), (OK, 1));
         assert_eq!(faulty.flushes.load(Ordering::SeqCst), flushes);
     }
+}
+
+#[test]
+fn the_time_that_the_disk_takes_is_counted_by_the_kind_of_request() {
+    struct Slow(Faulty);
+    const DELAY: Duration = Duration::from_millis(5);
+    impl BlockBackend for Slow {
+        fn size(&self) -> u64 {
+            self.0.size()
+        }
+        fn is_read_only(&self) -> bool {
+            false
+        }
+        fn read_at(&mut self, at: u64, to: &[GuestSlice<'_>]) -> io::Result<()> {
+            self.0.read_at(at, to)
+        }
+        fn write_at(&mut self, at: u64, from: &[GuestSlice<'_>]) -> io::Result<()> {
+            std::thread::sleep(DELAY);
+            self.0.write_at(at, from)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            self.0.flush()
+        }
+    }
+    let faulty = Faulty::default();
+    let block = Block::new(Slow(faulty.clone()), BlockOptions::default()).unwrap();
+    let counters = block.counters();
+    let mut driver = MockDriver::new(Box::new(block));
+    // Without the feature a write brings a flush with it.
+    driver.start(0, 64);
+    for (kind, len, count) in [
+        (READ, 512, 5),
+        (WRITE, 512, 3),
+        (FLUSH, 0, 2),
+        (GET_ID, 20, 1),
+    ] {
+        (0..count).for_each(|_| assert_eq!(request(&mut driver, kind, 0, len).0, OK));
+    }
+    // One that the disk is asked for and fails is counted, one that it never sees is not.
+    faulty.fail.store(true, Ordering::SeqCst);
+    assert_eq!(request(&mut driver, READ, 0, 512), (IO_ERROR, 1));
+    assert_eq!(request(&mut driver, READ, u64::MAX, 512), (IO_ERROR, 1));
+    let [read, write, flush] = [
+        &counters.read_latency,
+        &counters.write_latency,
+        &counters.flush_latency,
+    ]
+    .map(|latency| latency.snapshot());
+    let count = |snapshot: &LatencySnapshot| snapshot.buckets.iter().map(|b| b.1).sum::<u64>();
+    assert_eq!([&read, &write, &flush].map(count), [6, 3, 5]);
+    assert!(write.sum_ns >= 3 * DELAY.as_nanos() as u64);
+    let quick = |(bound, _): &&(Option<u64>, u64)| bound.is_some_and(|b| b < 5_000_000);
+    let quick_writes = write.buckets.iter().filter(quick).map(|bucket| bucket.1);
+    assert_eq!(quick_writes.sum::<u64>(), 0);
+    assert_eq!(counters.ids.load(Ordering::Relaxed), 1);
+    assert_eq!(counters.errors.load(Ordering::Relaxed), 2);
 }
 
 #[test]

@@ -24,6 +24,8 @@ fn a_flood_through_a_pipe_arrives_whole_and_no_faster_than_it_is_read() {
     assert_eq!((state.fifo.len(), state.input.len()), (FIFO_SIZE, 0));
     assert!(bench.receive_exactly(bytes.len()) == bytes);
     writer.join().unwrap();
+    let read = bench.serial.counters().input_bytes.load(Ordering::Relaxed);
+    assert_eq!(read, bytes.len() as u64);
     // The writer is gone: that is the end, and not a reason to look again and again.
     bench.assert_quiet();
 }

@@ -47,6 +47,33 @@ fn output_arrives_in_order_and_flush_waits_for_it() {
 }
 
 #[test]
+fn what_is_sent_is_counted_and_so_is_what_nobody_takes() {
+    let count = |bench: &Bench| {
+        let counters = bench.serial.counters();
+        let [sent, dropped] = [&counters.output_bytes, &counters.dropped_bytes];
+        (
+            sent.load(Ordering::Relaxed),
+            dropped.load(Ordering::Relaxed),
+        )
+    };
+    let (output, captured) = ConsoleOutput::capture(usize::MAX);
+    let bench = Bench::new(Console::new(ConsoleInput::null(), output));
+    bench.send_politely(&pattern(1000));
+    assert!(bench.serial.flush(LONG));
+    assert_eq!((captured.bytes().len(), count(&bench)), (1000, (1000, 0)));
+    let bench = Bench::new(Console::null());
+    bench.send(&pattern(1000));
+    assert_eq!(count(&bench), (1000, 1000));
+    let (bench, mut reader) = stalled_pipe();
+    bench.send(&pattern(1 << 20));
+    bench.settle();
+    bench.serial.close(Duration::ZERO);
+    let mut received = Vec::new();
+    reader.read_to_end(&mut received).unwrap();
+    assert_eq!(count(&bench), (1 << 20, (1 << 20) - received.len() as u64));
+}
+
+#[test]
 fn a_guest_does_not_wait_for_a_reader_that_does_not_read() {
     let (bench, _reader) = stalled_pipe();
     // All of this returns, although nobody takes any of it, and the rest is dropped.
