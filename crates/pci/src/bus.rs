@@ -14,10 +14,7 @@ use kiln_device_api::ExitRequest;
 
 use crate::builder::intx_pin;
 use crate::config::ConfigSpace;
-use crate::msix::Structure;
-use crate::registers::{
-    BAR_COUNT, COMMAND_INTX_DISABLE, CONVENTIONAL_SIZE, EXTENDED_SIZE, STATUS, STATUS_INTERRUPT,
-};
+use crate::registers::{BAR_COUNT, CONVENTIONAL_SIZE, EXTENDED_SIZE, STATUS, STATUS_INTERRUPT};
 use crate::routes::{Decoded, Places, Routes, Target};
 use crate::window::Window;
 use crate::{
@@ -239,8 +236,7 @@ impl PciBus {
             let mut configuration = self.lock();
             let space = &mut configuration.spaces[index];
             let summary = |space: &ConfigSpace| {
-                let disabled = space.command() & COMMAND_INTX_DISABLE != 0;
-                (space.decoded(), space.msix_control(), disabled)
+                (space.decoded(), space.msix_control(), space.intx_disabled())
             };
             let (decoded_before, control_before, disabled_before) = summary(space);
             space.write(offset, data);
@@ -323,10 +319,11 @@ impl PciBus {
         let Some((function, target)) = self.find(space, address, data.len()) else {
             return;
         };
-        match function.msix_structure(&target) {
-            Some((msix, Structure::Table, offset)) => msix.read_table(offset, data),
-            Some((msix, Structure::Pending, offset)) => msix.read_pending(offset, data),
-            None => function.device.bar_read(target.bar, target.offset, data),
+        let answered = function.msix.as_ref().is_some_and(|(msix, placement)| {
+            msix.bar_read(placement, target.bar, target.offset, data)
+        });
+        if !answered {
+            function.device.bar_read(target.bar, target.offset, data);
         }
     }
 
@@ -340,13 +337,13 @@ impl PciBus {
         let Some((function, target)) = self.find(space, address, data.len()) else {
             return ControlFlow::Continue(());
         };
-        match function.msix_structure(&target) {
-            Some((msix, Structure::Table, offset)) => msix.write_table(offset, data),
-            // The pending bits are read-only.
-            Some((_, Structure::Pending, _)) => {}
-            None => return function.device.bar_write(target.bar, target.offset, data),
+        let taken = function.msix.as_ref().is_some_and(|(msix, placement)| {
+            msix.bar_write(placement, target.bar, target.offset, data)
+        });
+        if taken {
+            return ControlFlow::Continue(());
         }
-        ControlFlow::Continue(())
+        function.device.bar_write(target.bar, target.offset, data)
     }
 
     /// Notes errors in the status register of a function, where they stay until the guest writes
@@ -428,7 +425,7 @@ impl PciBus {
                 msix.restore(saved, space.msix_control());
             }
             if let Some(pin) = &function.pin {
-                pin.set_disabled(space.command() & COMMAND_INTX_DISABLE != 0);
+                pin.set_disabled(space.intx_disabled());
                 pin.set(saved.intx_asserted);
             }
         }
@@ -444,12 +441,6 @@ impl PciBus {
 }
 
 impl Function {
-    fn msix_structure(&self, target: &Target) -> Option<(&Msix, Structure, u64)> {
-        let (msix, placement) = self.msix.as_ref()?;
-        let found = placement.find(msix.vectors(), target.bar, target.offset);
-        found.map(|(structure, offset)| (&**msix, structure, offset))
-    }
-
     /// Whether a saved state has the parts of this function.
     fn check(&self, saved: &FunctionState) -> Result<(), String> {
         if saved.address != self.address {

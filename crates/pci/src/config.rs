@@ -240,6 +240,12 @@ impl ConfigSpace {
         self.word(COMMAND)
     }
 
+    /// Whether the INTx pin is kept from its line: by the command register, or because MSI-X is
+    /// enabled, and a function uses one or the other (PCI 3.0, section 6.8.2).
+    pub(crate) fn intx_disabled(&self) -> bool {
+        self.command() & COMMAND_INTX_DISABLE != 0 || self.msix_control() & MSIX_CONTROL_ENABLE != 0
+    }
+
     /// The control register of MSI-X, zero where there is none.
     pub(crate) fn msix_control(&self) -> u16 {
         self.msix_control.map_or(0, |at| self.word(at))

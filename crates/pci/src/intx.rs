@@ -84,15 +84,15 @@ impl SharedLine {
 
 /// The INTx pin of a function.
 ///
-/// A device that can have MSI-X uses the pin only while MSI-X is off: see
-/// [`Msix::trigger`](crate::Msix::trigger).
+/// While the guest has MSI-X enabled the bus keeps the pin from its line, and the device tells of
+/// its events with [`Msix::trigger`](crate::Msix::trigger).
 pub struct IntxPin(Mutex<PinState>);
 
 #[derive(Default)]
 struct PinState {
     /// What the device wants.
     asserted: bool,
-    /// The guest has set `COMMAND_INTX_DISABLE`.
+    /// The guest has set `COMMAND_INTX_DISABLE`, or enabled MSI-X.
     disabled: bool,
     /// What is on the line.
     driving: bool,
@@ -106,8 +106,8 @@ impl IntxPin {
 
     /// Asserts the pin, or lowers it. Asserting it again changes nothing.
     ///
-    /// The interrupt status bit of the function shows it, even while the guest has INTx disabled,
-    /// which keeps it from the line.
+    /// The interrupt status bit of the function shows it, even while the guest has INTx disabled or
+    /// MSI-X enabled, which keeps it from the line.
     pub fn set(&self, asserted: bool) {
         self.update(|state| state.asserted = asserted);
     }

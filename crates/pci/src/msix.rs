@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::Error;
+use crate::registers::MSIX_CONTROL_ENABLE;
 
 mod placement;
 mod sink;
@@ -18,7 +19,7 @@ mod table;
 mod tests;
 
 pub use placement::MsixPlacement;
-pub(crate) use placement::Structure;
+use placement::Structure;
 pub use sink::MsixSink;
 use table::Table;
 pub use table::{MsixState, VectorState};
@@ -60,9 +61,11 @@ impl Msix {
 
     /// Whether the guest has enabled MSI-X. While it has not, a function uses its INTx pin.
     ///
-    /// This takes no lock, for devices that write a [notifier](Self::notifier).
+    /// This takes no lock, for devices that write a [notifier](Self::notifier). Such a device asks
+    /// before it writes and once more behind: where the guest has disabled MSI-X in between, the
+    /// INTx pin is to tell of the event.
     pub fn is_enabled(&self) -> bool {
-        self.enabled.load(Ordering::Acquire)
+        self.enabled.load(Ordering::SeqCst)
     }
 
     /// Sends the message of a vector, or sets its pending bit if it may not be sent now.
@@ -82,26 +85,62 @@ impl Msix {
             .flatten()
     }
 
-    /// The guest reads the table.
-    pub(crate) fn read_table(&self, offset: u64, data: &mut [u8]) {
+    /// Answers a read in a BAR, where it begins in the table or the pending bits, and says whether
+    /// it does. The bus calls it before it asks the device; a device calls it where a guest gets at
+    /// its BARs by a way of its own, such as a capability for that.
+    pub fn bar_read(
+        &self,
+        placement: &MsixPlacement,
+        bar: usize,
+        offset: u64,
+        data: &mut [u8],
+    ) -> bool {
+        match placement.find(self.vectors, bar, offset) {
+            Some((Structure::Table, offset)) => self.read_table(offset, data),
+            Some((Structure::Pending, offset)) => self.read_pending(offset, data),
+            None => return false,
+        }
+        true
+    }
+
+    /// Takes a write in a BAR: the twin of [`bar_read`](Self::bar_read).
+    pub fn bar_write(
+        &self,
+        placement: &MsixPlacement,
+        bar: usize,
+        offset: u64,
+        data: &[u8],
+    ) -> bool {
+        match placement.find(self.vectors, bar, offset) {
+            Some((Structure::Table, offset)) => self.write_table(offset, data),
+            // The pending bits are read-only.
+            Some((Structure::Pending, _)) => {}
+            None => return false,
+        }
+        true
+    }
+
+    fn read_table(&self, offset: u64, data: &mut [u8]) {
         self.lock().read(offset, data);
     }
 
-    /// The guest writes to the table.
-    pub(crate) fn write_table(&self, offset: u64, data: &[u8]) {
+    fn write_table(&self, offset: u64, data: &[u8]) {
         self.lock().write(&*self.sink, offset, data);
     }
 
-    /// The guest reads the pending bits.
-    pub(crate) fn read_pending(&self, offset: u64, data: &mut [u8]) {
+    fn read_pending(&self, offset: u64, data: &mut [u8]) {
         self.lock().read_pending(&*self.sink, offset, data);
     }
 
     /// The guest has written the capability's control register.
     pub(crate) fn set_control(&self, control: u16) {
         let mut table = self.lock();
+        if control & MSIX_CONTROL_ENABLE == 0 {
+            // Whoever writes a notifier once it is closed, and looks here behind that, sees it.
+            self.enabled.store(false, Ordering::SeqCst);
+        }
         table.set_control(&*self.sink, control);
-        self.enabled.store(table.enabled(), Ordering::Release);
+        self.enabled.store(table.enabled(), Ordering::SeqCst);
     }
 
     pub(crate) fn state(&self) -> MsixState {
@@ -113,7 +152,7 @@ impl Msix {
         let mut table = self.lock();
         table.restore(&*self.sink, state);
         table.set_control(&*self.sink, control);
-        self.enabled.store(table.enabled(), Ordering::Release);
+        self.enabled.store(table.enabled(), Ordering::SeqCst);
     }
 
     /// The state after power-on. Events that were pending are forgotten.

@@ -25,7 +25,7 @@ pub struct MsixPlacement {
 
 /// One of the structures of MSI-X that are in BARs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Structure {
+pub(super) enum Structure {
     Table,
     Pending,
 }
@@ -42,7 +42,7 @@ impl MsixPlacement {
     }
 
     /// The structure that an access to a BAR begins in, and the offset into that.
-    pub(crate) fn find(&self, vectors: u16, bar: usize, offset: u64) -> Option<(Structure, u64)> {
+    pub(super) fn find(&self, vectors: u16, bar: usize, offset: u64) -> Option<(Structure, u64)> {
         let table = (
             Structure::Table,
             self.table_bar,
