@@ -11,8 +11,17 @@ use kiln_vmm::virtio::{
     ActivateError, Activation, ActiveQueue, EventSet, IoEvent, QueueError, QueueHandler, Registrar,
     SimpleDevice, Turn, VirtioDevice,
 };
-use kiln_vmm::{CrashCause, HandleError, VmEvent, VmExit, VmHandle};
+use kiln_vmm::{CrashCause, Events, HandleError, VmEvent, VmExit, VmHandle};
 use vmm_sys_util::eventfd::EventFd;
+
+#[test]
+fn handles_and_streams_can_be_shared_between_threads() {
+    fn shared<T: Send + Sync + 'static>() {}
+    fn cloned<T: Clone>() {}
+    shared::<VmHandle>();
+    shared::<Events>();
+    cloned::<VmHandle>();
+}
 
 #[test]
 fn a_life_is_told_from_its_start_to_its_end() {
