@@ -12,13 +12,14 @@ use kiln_devices::legacy::serial::{Console, Serial};
 use kiln_devices::legacy::{I8042, IoApic, Rtc};
 use kiln_io_thread::IoThread;
 use kiln_memory::{GuestMemory, MemorySize};
-use kiln_virtio_device::{MmioTransport, VirtioDevice};
+use kiln_virtio_device::{MmioTransport, VirtioDevice, VirtioTransport};
 
 use crate::interrupts::InterruptRoutes;
 use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
+use crate::metrics::{CountedDevices, MetricsSource, Work};
 use crate::vcpu::Vcpus;
-use crate::{BuildError, Host, Vm, VmBuilder};
+use crate::{BuildError, Host, Vm, VmBuilder, names};
 
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
 const MIN_MEMORY: MemorySize = MemorySize::mib(2);
@@ -36,6 +37,10 @@ const LEGACY_GSIS: [(u32, &str); 4] = [
 ];
 
 pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
+    let name = builder.name.clone();
+    name.as_deref().map_or(Ok(()), names::check)?;
+    let span = names::machine_span(name.as_deref());
+    let _in_span = span.enter();
     // What needs no host is refused first.
     let kernel = builder.kernel.clone().ok_or(BuildError::NoKernel)?;
     let initrd = builder.initrd.as_ref().map(Initrd::open).transpose()?;
@@ -51,16 +56,21 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let vm = Arc::new(KvmVm::new(&host, Arc::clone(&memory))?);
     let failure = Arc::new(DeviceFailure::default());
     let reported = Arc::clone(&failure);
-    let io = IoThread::spawn("kiln-io", move |panic| reported.report(panic.to_string()))?;
+    let io_name = names::thread(name.as_deref(), "io", 0);
+    let io = IoThread::spawn(&io_name, move |panic| reported.report(panic.to_string()))?;
 
     let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
     let mut wiring = Wiring::new(&vm, &io, &topology)?;
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
-    let vcpus = Vcpus::create(&host, &vm, &topology, entry, kick_signal)?;
+    let thread_name = names::thread(name.as_deref(), "vcpu", 3);
+    let vcpus = Vcpus::create(&host, &vm, &topology, entry, kick_signal, thread_name)?;
+    let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports) = (wiring.devices, wiring.transports);
     Ok(Vm {
         machine: Machine {
+            span: span.clone(),
+            metrics,
             buses: Arc::new(devices.build()),
             transports,
             power_button,
@@ -122,6 +132,7 @@ struct Wiring<'a> {
     devices: DeviceManager,
     transports: Vec<Arc<MmioTransport>>,
     acpi: AcpiConfig,
+    counted: CountedDevices,
     vm: &'a Arc<KvmVm>,
     io: &'a IoThread,
 }
@@ -142,6 +153,7 @@ impl<'a> Wiring<'a> {
                 power_button: true,
                 ..AcpiConfig::default()
             },
+            counted: CountedDevices::default(),
             vm,
             io,
         })
@@ -166,13 +178,17 @@ impl<'a> Wiring<'a> {
                 .add_mmio(&at.name, at.base, at.size, at.device)?;
         }
         for (index, disk) in builder.disks.into_iter().enumerate() {
-            self.add_virtio(&format!("disk {index}"), Box::new(disk.into_device()?))?;
+            let disk = disk.into_device()?;
+            let work = Work::Block(disk.counters());
+            self.add_virtio(&format!("disk {index}"), Box::new(disk), work)?;
         }
         for (index, net) in builder.nets.into_iter().enumerate() {
-            self.add_virtio(&format!("net {index}"), Box::new(net.into_device()?))?;
+            let net = net.into_device()?;
+            let work = Work::Net(net.counters());
+            self.add_virtio(&format!("net {index}"), Box::new(net), work)?;
         }
         for (name, device) in builder.virtio_devices {
-            self.add_virtio(&name, device)?;
+            self.add_virtio(&name, device, Work::Other)?;
         }
         self.add_ioapic()?;
         Ok((serial, power_button))
@@ -222,7 +238,14 @@ impl<'a> Wiring<'a> {
         Ok(button)
     }
 
-    fn add_virtio(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), BuildError> {
+    fn add_virtio(
+        &mut self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+        work: Work,
+    ) -> Result<(), BuildError> {
+        // The transport keeps it.
+        let _in_span = names::device_span(name).entered();
         let gsi = self.devices.allocate_gsi(name)?;
         let size = layout::VIRTIO_MMIO_DEVICE_SIZE;
         let address = self.devices.allocate_mmio(name, size, size)?;
@@ -242,6 +265,7 @@ impl<'a> Wiring<'a> {
         self.acpi
             .virtio_mmio
             .push(VirtioMmio { address, size, gsi });
+        self.counted.add(name, transport.counters(), work);
         self.transports.push(transport);
         Ok(())
     }

@@ -27,6 +27,7 @@ pub(crate) struct BusDeviceAt<A> {
 /// serial port that leads nowhere, no disks, no network.
 #[must_use = "a builder does nothing until `build`"]
 pub struct VmBuilder {
+    pub(crate) name: Option<String>,
     pub(crate) host: Option<Arc<Host>>,
     pub(crate) vcpus: u32,
     pub(crate) memory: MemorySize,
@@ -46,6 +47,7 @@ pub struct VmBuilder {
 impl Default for VmBuilder {
     fn default() -> Self {
         Self {
+            name: None,
             host: None,
             vcpus: 1,
             memory: MemorySize::mib(512),
@@ -68,6 +70,13 @@ impl VmBuilder {
     /// A machine with nothing but the defaults; it still needs a [`kernel`](Self::kernel).
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// What the machine is called in messages, in its metrics and in the names of its threads: 1 to
+    /// 64 characters. By default it has no name, which is enough where there is one machine.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
     }
 
     /// The host's KVM, for those who build more than one machine and probe once. Without it
@@ -197,6 +206,7 @@ impl VmBuilder {
 impl fmt::Debug for VmBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("VmBuilder")
+            .field("name", &self.name)
             .field("vcpus", &self.vcpus)
             .field("memory", &self.memory)
             .field("cmdline", &self.cmdline)

@@ -13,6 +13,12 @@ pub enum BuildError {
     /// The host cannot run guests.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The name is not one that a machine can have.
+    #[error("name a machine {name:?}: a name has 1 to 64 characters, and no control characters")]
+    Name {
+        /// What was given.
+        name: String,
+    },
     /// No kernel was given.
     #[error("no kernel: give the builder one with `kernel`")]
     NoKernel,

@@ -9,10 +9,13 @@ use kiln_devices::acpi::PowerButton;
 use kiln_io_thread::IoHandle;
 use kiln_vcpu_manager::{EndHooks, ExitCounts, MachineEnd, VcpuManager};
 use kvm_ioctls::{VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use tracing::Span;
 
 use crate::events::EventSource;
 use crate::machine::{Machine, SERIAL_PATIENCE, STOP_PATIENCE, STOPPED_SERIAL_PATIENCE};
-use crate::{DeviceError, Events, HandleError, VfioDevice, VmEvent, VmExit};
+use crate::metrics::MetricsSource;
+use crate::{DeviceError, Events, HandleError, Metrics, VfioDevice, VmEvent, VmExit};
 
 /// A virtual machine that is built and has not started. Dropping it leaves nothing behind.
 #[must_use = "a virtual machine does nothing until it is started"]
@@ -60,9 +63,12 @@ impl Vm {
     /// [`HandleError::Vcpu`] where the vCPU threads cannot be started.
     pub fn start(self) -> Result<VmHandle, HandleError> {
         let Self { machine, vcpus } = self;
+        let span = machine.span.clone();
+        let _in_span = span.enter();
         let failure = machine.failure();
         let running = Running::new(machine);
         let hooks = running.end_hooks();
+        running.metrics.start();
         // Before the first of the guest's own events.
         running.events.send(&VmEvent::Started);
         let manager = Arc::new(vcpus.start(&running.machine(), hooks)?);
@@ -94,7 +100,8 @@ impl fmt::Debug for Vm {
 }
 
 /// Whether a virtual machine runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum VmState {
     /// The guest runs.
@@ -108,6 +115,8 @@ pub enum VmState {
 /// The machine around vCPUs that were started, and how it ended.
 struct Running {
     machine: Mutex<Machine>,
+    span: Span,
+    metrics: Arc<MetricsSource>,
     power_button: PowerButton,
     events: Arc<EventSource>,
     io: IoHandle,
@@ -121,6 +130,8 @@ struct Running {
 impl Running {
     fn new(machine: Machine) -> Arc<Self> {
         Arc::new(Self {
+            span: machine.span.clone(),
+            metrics: Arc::clone(&machine.metrics),
             power_button: machine.power_button(),
             events: Arc::clone(&machine.events),
             io: machine.io.handle().clone(),
@@ -155,6 +166,7 @@ impl Running {
 
     /// After the vCPUs have come to rest: stops the devices, and tells how it ended.
     fn finish(&self, end: &MachineEnd) {
+        self.metrics.end();
         let machine = self.machine();
         machine.stop_devices(match end {
             MachineEnd::Stopped => STOPPED_SERIAL_PATIENCE,
@@ -207,6 +219,7 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        let _in_span = self.running.span.enter();
         if !self.is_own_thread() {
             self.manager.stop();
             return;
@@ -266,6 +279,7 @@ impl VmHandle {
     /// being paused; [`HandleError::OnOwnThread`] as for [`wait`](Self::wait).
     pub fn pause(&self) -> Result<(), HandleError> {
         self.not_on_own_thread()?;
+        let _in_span = self.inner.running.span.enter();
         // Held throughout, so that a resume at the same time comes before or after.
         let machine = self.inner.running.machine();
         let was_paused = self.inner.manager.is_paused();
@@ -288,6 +302,7 @@ impl VmHandle {
     /// [`wait`](Self::wait).
     pub fn resume(&self) -> Result<(), HandleError> {
         self.not_on_own_thread()?;
+        let _in_span = self.inner.running.span.enter();
         let machine = self.inner.running.machine();
         let was_paused = self.inner.manager.is_paused();
         if lock(&self.inner.running.exit).is_none() {
@@ -303,6 +318,7 @@ impl VmHandle {
 
     /// Presses the power button: the guest is told, and may power off.
     pub fn power_button(&self) {
+        let _in_span = self.inner.running.span.enter();
         self.inner.running.power_button.press();
     }
 
@@ -316,6 +332,7 @@ impl VmHandle {
     ///
     /// On one of the machine's own threads, as from a device, it returns at once.
     pub fn stop(&self) {
+        let _in_span = self.inner.running.span.enter();
         self.inner.manager.request_stop();
         let at_rest = || self.inner.running.wait(Some(STOP_PATIENCE)).is_some();
         if !self.inner.is_own_thread() && at_rest() {
@@ -343,6 +360,13 @@ impl VmHandle {
     /// [`HandleError::Events`] where the process can't have another file descriptor.
     pub fn events(&self) -> Result<Events, HandleError> {
         subscribe(&self.inner.running.events)
+    }
+
+    /// What the machine has done so far: exits, requests, bytes, latencies, interrupts. It can be
+    /// asked at any time, on any thread, also after the machine's end: it waits for nothing.
+    pub fn metrics(&self) -> Metrics {
+        let exits = self.inner.manager.exit_counts();
+        self.inner.running.metrics.read(self.state(), exits)
     }
 
     /// How often each vCPU came out of the guest so far, by kind.

@@ -7,7 +7,8 @@
 //! number of machines fit in one process.
 //!
 //! The library ends no process, touches no terminal and installs no logger; what it logs goes to
-//! the `tracing` facade. The one signal whose handler it sets is the [`KickSignal`].
+//! the `tracing` facade, in a span `vm` for each machine, and a span `device` in it for each of its
+//! virtio devices. The one signal whose handler it sets is the [`KickSignal`].
 //!
 //! | module | what lives there |
 //! |---|---|
@@ -17,6 +18,8 @@
 //! | `machine` | the machine around the vCPUs |
 //! | `vcpu` | vCPUs from their creation to the state they start in |
 //! | `handle`, `exit` | [`Vm`], [`VmHandle`], [`VmExit`] |
+//! | [`metrics`] | [`Metrics`]: what a machine has done, as plain values |
+//! | `names` | a machine's name, and what is made of it: its `tracing` span, its threads' names |
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
 //! | `disk`, `net` | [`Disk`], [`Net`] |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
@@ -88,6 +91,8 @@ mod host;
 mod interrupts;
 mod kvm;
 mod machine;
+pub mod metrics;
+mod names;
 mod net;
 mod vcpu;
 mod vfio;
@@ -109,6 +114,7 @@ pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
 pub use kiln_memory::{gather, gather_into, scatter};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};
+pub use metrics::Metrics;
 pub use net::Net;
 pub use vfio::VfioDevice;
 

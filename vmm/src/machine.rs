@@ -10,10 +10,12 @@ use kiln_devices::acpi::PowerButton;
 use kiln_devices::legacy::serial::Serial;
 use kiln_io_thread::IoThread;
 use kiln_memory::GuestMemory;
-use kiln_virtio_device::MmioTransport;
+use kiln_virtio_device::{MmioTransport, VirtioTransport};
+use tracing::Span;
 
 use crate::events::EventSource;
 use crate::kvm::KvmVm;
+use crate::metrics::MetricsSource;
 use crate::{DeviceError, VfioDevice};
 
 /// How long the end of a guest waits for a console that does not take the serial port's last
@@ -30,6 +32,9 @@ pub(crate) const STOP_PATIENCE: Duration = Duration::from_millis(80);
 /// The order of the fields is the order of their end: devices before the thread they work on, and
 /// all of them before the virtual machine and its memory.
 pub(crate) struct Machine {
+    /// What is logged about the machine is logged in it.
+    pub(crate) span: Span,
+    pub(crate) metrics: Arc<MetricsSource>,
     pub(crate) buses: Arc<Buses>,
     pub(crate) transports: Vec<Arc<MmioTransport>>,
     pub(crate) power_button: PowerButton,

@@ -18,6 +18,7 @@ use crate::{BuildError, HandleError, Host};
 pub(crate) struct Vcpus {
     fds: Vec<VcpuFd>,
     kick_signal: KickSignal,
+    thread_name: String,
 }
 
 impl Vcpus {
@@ -29,6 +30,7 @@ impl Vcpus {
         topology: &Topology,
         entry: EntryPoint,
         kick_signal: KickSignal,
+        thread_name: String,
     ) -> Result<Self, BuildError> {
         let mut fds = Vec::new();
         let msrs = msr::boot_msrs(host.msrs());
@@ -45,7 +47,11 @@ impl Vcpus {
             }
             fds.push(fd);
         }
-        Ok(Self { fds, kick_signal })
+        Ok(Self {
+            fds,
+            kick_signal,
+            thread_name,
+        })
     }
 
     pub(crate) fn fds(&self) -> &[VcpuFd] {
@@ -61,6 +67,7 @@ impl Vcpus {
         let memory = Arc::clone(machine.memory());
         let options = VcpuOptions {
             kick_signal: self.kick_signal,
+            thread_name: self.thread_name,
             read_memory: Some(Arc::new(move |address, data| {
                 memory.read_slice(data, GuestAddress(address)).is_ok()
             })),

@@ -1,6 +1,7 @@
 //! The command line: its words, and what each option's text means.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_vmm::{MacAddress, MemorySize};
@@ -30,6 +31,10 @@ pub(crate) struct Run {
     /// says, and --disk or --net replace all of its disks or networks
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+
+    /// What the machine is called in messages and in its metrics
+    #[arg(long)]
+    pub(crate) name: Option<String>,
 
     /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux)
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
@@ -67,6 +72,57 @@ pub(crate) struct Run {
     /// Where the guest's serial port (ttyS0) leads [default: stdio]
     #[arg(long, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: Option<SerialArg>,
+
+    #[command(flatten)]
+    pub(crate) metrics: MetricsArgs,
+}
+
+/// What is written about the machine while it lives.
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// A file for the machine's metrics, replaced as a whole while the machine lives and at its end
+    #[arg(long, value_name = "FILE")]
+    pub(crate) metrics: Option<PathBuf>,
+
+    /// How often, in seconds; 0 for at the end only
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "1",
+        requires = "metrics"
+    )]
+    pub(crate) metrics_interval: Interval,
+
+    /// In what format [default: prometheus for a file name that ends in .prom, else json]
+    #[arg(long, value_enum, value_name = "FORMAT", requires = "metrics")]
+    pub(crate) metrics_format: Option<MetricsFormat>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MetricsFormat {
+    /// The fields of `kiln_vmm::Metrics`
+    Json,
+    /// The text format of Prometheus
+    Prometheus,
+}
+
+/// A time between two things; none where there is no second one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Interval(pub(crate) Option<Duration>);
+
+impl std::str::FromStr for Interval {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let seconds: f64 = text.parse().map_err(|_| "it is not a number")?;
+        if seconds == 0.0 {
+            return Ok(Self(None));
+        }
+        if !(0.01..=86400.0).contains(&seconds) {
+            return Err("there are 0.01 to 86400 seconds, and 0".to_owned());
+        }
+        Ok(Self(Some(Duration::from_secs_f64(seconds))))
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -255,6 +311,19 @@ mod tests {
         assert!("mac=06:00:00:00:00:01".parse::<NetArg>().is_err());
         assert!("tap=tap0,mac=06:00".parse::<NetArg>().is_err());
         assert!("tap0".parse::<NetArg>().is_err());
+    }
+
+    #[test]
+    fn an_interval_is_a_number_of_seconds_or_none() {
+        assert_eq!("0".parse(), Ok(Interval(None)));
+        assert_eq!(
+            "0.5".parse(),
+            Ok(Interval(Some(Duration::from_millis(500))))
+        );
+        assert_eq!("60".parse(), Ok(Interval(Some(Duration::from_secs(60)))));
+        for text in ["", "1s", "-1", "0.001", "1e9", "inf", "NaN"] {
+            assert!(text.parse::<Interval>().is_err(), "{text}");
+        }
     }
 
     #[test]

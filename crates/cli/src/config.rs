@@ -18,6 +18,7 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
             path.display()
         );
     }
+    config.name = args.name.or(config.name);
     config.initrd = args.initrd.or(config.initrd);
     set(&mut config.cmdline, args.cmdline);
     set(&mut config.boot_protocol, args.boot_protocol);

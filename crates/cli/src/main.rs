@@ -9,12 +9,14 @@
 //! | `args` | the command line and the texts of its options |
 //! | `config` | from arguments and `--config` to a [`kiln_vmm::VmConfig`] |
 //! | `run` | `kiln run` |
+//! | `metrics` | `--metrics`: the file that the machine's metrics are written to |
 //! | `check` | `kiln check` |
 //! | `terminal` | raw mode and the escape sequence |
 
 mod args;
 mod check;
 mod config;
+mod metrics;
 mod run;
 mod terminal;
 

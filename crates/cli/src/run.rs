@@ -14,10 +14,12 @@ use signal_hook::iterator::Signals;
 
 use crate::args::Run;
 use crate::config;
+use crate::metrics::{Follower, MetricsFile};
 use crate::terminal::{self, Escape, RawMode};
 
 pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     // A bad description is refused before the terminal or a signal is touched.
+    let metrics = MetricsFile::from_args(&args.metrics)?;
     let mut config = config::from_args(args)?;
     let interactive = config.serial == Some(SerialConfig::Stdio) && RawMode::is_possible();
     let (builder, keyboard) = if interactive {
@@ -39,11 +41,18 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     };
     let handle = vm.start()?;
     on_signals(signals, handle.clone())?;
+    let metrics = metrics
+        .map(|file| file.follow(handle.clone()))
+        .transpose()?;
     if let Some(keyboard) = keyboard {
         on_keys(keyboard, handle.clone())?;
     }
     let exit = handle.wait()?;
+    let written = metrics.map_or(Ok(()), Follower::finish);
     drop(raw_mode);
+    if let Err(error) = written {
+        eprintln!("kiln: {error:#}");
+    }
     Ok(report(&exit))
 }
 

@@ -26,15 +26,22 @@ pub struct ExitCounts {
 }
 
 impl ExitCounts {
+    /// The counts, each with the name of its kind, which is that of the field.
+    pub fn by_kind(&self) -> [(&'static str, u64); 7] {
+        [
+            ("pio_in", self.pio_in),
+            ("pio_out", self.pio_out),
+            ("mmio_read", self.mmio_read),
+            ("mmio_write", self.mmio_write),
+            ("end_of_interrupt", self.end_of_interrupt),
+            ("interrupted", self.interrupted),
+            ("other", self.other),
+        ]
+    }
+
     /// The sum of all kinds.
     pub fn total(&self) -> u64 {
-        self.pio_in
-            + self.pio_out
-            + self.mmio_read
-            + self.mmio_write
-            + self.end_of_interrupt
-            + self.interrupted
-            + self.other
+        self.by_kind().iter().map(|(_, count)| count).sum()
     }
 }
 

@@ -17,6 +17,9 @@ impl VmConfig {
             .vcpus(self.vcpus)
             .memory(self.memory)
             .memory_options(self.memory_options);
+        if let Some(name) = self.name {
+            builder = builder.name(name);
+        }
         if let Some(path) = self.kernel {
             let mut kernel = Kernel::open(path)?;
             if let Some(protocol) = self.boot_protocol.chosen() {

@@ -69,6 +69,11 @@ pub use error::ConfigError;
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct VmConfig {
+    /// What the machine is called in messages, in its metrics and in the names of its threads: 1 to
+    /// 64 characters, none of them a control character.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(length(min = 1, max = 64)))]
+    pub name: Option<String>,
     /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -110,6 +115,7 @@ pub struct VmConfig {
 impl Default for VmConfig {
     fn default() -> Self {
         Self {
+            name: None,
             kernel: None,
             boot_protocol: BootProtocolConfig::default(),
             initrd: None,

@@ -131,6 +131,7 @@ fn the_schema_knows_the_keys_and_values_of_memory_options() {
 #[test]
 fn the_schema_has_every_key_that_is_written() {
     let full = VmConfig {
+        name: Some("n".into()),
         kernel: Some("k".into()),
         initrd: Some("i".into()),
         memory: MemorySize::mib(64),

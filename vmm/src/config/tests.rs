@@ -8,6 +8,7 @@ use crate::{Backing, BuildError, HugePages, VmBuilder};
 
 fn full() -> VmConfig {
     VmConfig {
+        name: Some("web".into()),
         kernel: Some("vmlinux".into()),
         boot_protocol: BootProtocolConfig::Pvh,
         initrd: Some("initrd.img".into()),
@@ -77,6 +78,7 @@ fn every_option_reaches_the_builder() {
     config.nets.clear();
     config.disks[1].path = file("data.img", &[0; 512]);
     let builder = config.relative_to(folder.path()).builder().unwrap();
+    assert_eq!(builder.name, full().name);
     assert_eq!(builder.vcpus, 4);
     assert_eq!(builder.memory, MemorySize::gib(5));
     assert_eq!(builder.memory_options, full().memory_options);

@@ -1,0 +1,184 @@
+//! The counters of a machine, and their reading.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use kiln_devices::legacy::serial::SerialCounters;
+use kiln_devices::virtio::LatencyHistogram;
+use kiln_devices::virtio::block::BlockCounters;
+use kiln_devices::virtio::net::NetCounters;
+use kiln_virtio_device::{DeviceCounters, QueueCounters};
+
+use super::{
+    BlockMetrics, DeviceMetrics, LatencyBucket, LatencyMetrics, Metrics, NetMetrics, QueueMetrics,
+    SerialMetrics, VcpuMetrics,
+};
+use crate::{ExitCounts, VmState};
+
+/// What a device counts because of what it is.
+pub(crate) enum Work {
+    Block(Arc<BlockCounters>),
+    Net(Arc<NetCounters>),
+    /// Nothing.
+    Other,
+}
+
+struct Device {
+    name: String,
+    counters: Arc<DeviceCounters>,
+    work: Work,
+}
+
+/// The devices of a machine that is being wired.
+#[derive(Default)]
+pub(crate) struct CountedDevices(Vec<Device>);
+
+impl CountedDevices {
+    pub(crate) fn add(&mut self, name: &str, counters: Arc<DeviceCounters>, work: Work) {
+        let mut unique = name.to_owned();
+        let mut number = 2_u32;
+        while self.0.iter().any(|device| device.name == unique) {
+            unique = format!("{name} ({number})");
+            number += 1;
+        }
+        self.0.push(Device {
+            name: unique,
+            counters,
+            work,
+        });
+    }
+}
+
+/// The counters of a machine. They are read without a lock, whatever the machine is at.
+pub(crate) struct MetricsSource {
+    name: Option<String>,
+    started: OnceLock<Instant>,
+    /// How long it lived.
+    ended: OnceLock<Duration>,
+    serial: Arc<SerialCounters>,
+    devices: Vec<Device>,
+}
+
+impl MetricsSource {
+    pub(crate) fn new(
+        name: Option<String>,
+        serial: Arc<SerialCounters>,
+        devices: CountedDevices,
+    ) -> Self {
+        Self {
+            name,
+            started: OnceLock::new(),
+            ended: OnceLock::new(),
+            serial,
+            devices: devices.0,
+        }
+    }
+
+    /// The machine is started.
+    pub(crate) fn start(&self) {
+        let _ = self.started.set(Instant::now());
+    }
+
+    /// The machine has ended.
+    pub(crate) fn end(&self) {
+        let _ = self.ended.set(self.uptime());
+    }
+
+    fn uptime(&self) -> Duration {
+        match self.ended.get() {
+            Some(lived) => *lived,
+            None => self.started.get().map_or(Duration::ZERO, Instant::elapsed),
+        }
+    }
+
+    pub(crate) fn read(&self, state: VmState, exits: Vec<ExitCounts>) -> Metrics {
+        let vcpus = exits.into_iter().map(|exits| VcpuMetrics { exits });
+        Metrics {
+            name: self.name.clone(),
+            state,
+            uptime_ns: u64::try_from(self.uptime().as_nanos()).unwrap_or(u64::MAX),
+            vcpus: vcpus.collect(),
+            serial: serial(&self.serial),
+            devices: self.devices.iter().map(device).collect(),
+        }
+    }
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+fn serial(from: &SerialCounters) -> SerialMetrics {
+    SerialMetrics {
+        output_bytes: get(&from.output_bytes),
+        dropped_bytes: get(&from.dropped_bytes),
+        input_bytes: get(&from.input_bytes),
+    }
+}
+
+fn device(from: &Device) -> DeviceMetrics {
+    let counters = &from.counters;
+    let (block, net) = match &from.work {
+        Work::Block(counters) => (Some(block(counters)), None),
+        Work::Net(counters) => (None, Some(net(counters))),
+        Work::Other => (None, None),
+    };
+    DeviceMetrics {
+        name: from.name.clone(),
+        queues: counters.queues.iter().map(|one| queue(one)).collect(),
+        config_interrupts: get(&counters.config_interrupts),
+        needs_reset: get(&counters.needs_reset),
+        block,
+        net,
+    }
+}
+
+fn queue(from: &QueueCounters) -> QueueMetrics {
+    QueueMetrics {
+        requests: get(&from.requests),
+        bytes_from_driver: get(&from.bytes_from_driver),
+        bytes_to_driver: get(&from.bytes_to_driver),
+        interrupts: get(&from.interrupts),
+    }
+}
+
+fn block(from: &BlockCounters) -> BlockMetrics {
+    BlockMetrics {
+        reads: get(&from.reads),
+        read_bytes: get(&from.read_bytes),
+        writes: get(&from.writes),
+        write_bytes: get(&from.write_bytes),
+        flushes: get(&from.flushes),
+        ids: get(&from.ids),
+        errors: get(&from.errors),
+        read_latency: latency(&from.read_latency),
+        write_latency: latency(&from.write_latency),
+        flush_latency: latency(&from.flush_latency),
+    }
+}
+
+fn net(from: &NetCounters) -> NetMetrics {
+    NetMetrics {
+        rx_packets: get(&from.rx_packets),
+        rx_bytes: get(&from.rx_bytes),
+        rx_dropped: get(&from.rx_dropped),
+        rx_errors: get(&from.rx_errors),
+        tx_packets: get(&from.tx_packets),
+        tx_bytes: get(&from.tx_bytes),
+        tx_dropped: get(&from.tx_dropped),
+    }
+}
+
+fn latency(from: &LatencyHistogram) -> LatencyMetrics {
+    let snapshot = from.snapshot();
+    let buckets = snapshot.buckets.into_iter();
+    let buckets: Vec<_> = buckets
+        .map(|(up_to_ns, count)| LatencyBucket { up_to_ns, count })
+        .collect();
+    LatencyMetrics {
+        count: buckets.iter().map(|bucket| bucket.count).sum(),
+        sum_ns: snapshot.sum_ns,
+        buckets,
+    }
+}
