@@ -30,6 +30,10 @@ pub(crate) use queue::{Half, QueueArea};
 const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
 const EVENT_IDX: u64 = 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 const INDIRECT_DESC: u64 = 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+/// Single queues can be reset (virtio 1.3, section 2.6.1).
+const RING_RESET: u64 = 1 << virtio_config::VIRTIO_F_RING_RESET;
+/// What every device offers, whatever its type.
+const COMMON_FEATURES: u64 = VERSION_1 | EVENT_IDX | INDIRECT_DESC | RING_RESET;
 /// The feature bits that belong to a device type (virtio 1.3, section 2.2).
 const DEVICE_TYPE_FEATURES: u64 = ((1 << 24) - 1) | (u64::MAX << 50);
 /// The status bits that a driver sets, in the order in which it does.
@@ -79,8 +83,7 @@ impl VirtioCore {
         state: &CoreState,
     ) -> Result<Self, TransportError> {
         let device_type = device.device_type();
-        let offered =
-            (device.features() & DEVICE_TYPE_FEATURES) | VERSION_1 | EVENT_IDX | INDIRECT_DESC;
+        let offered = (device.features() & DEVICE_TYPE_FEATURES) | COMMON_FEATURES;
         let queues = queue_slots(device.as_ref(), state)?;
         let counters = Arc::new(DeviceCounters::new(queues.len()));
         let mut core = Self {
@@ -143,8 +146,18 @@ impl VirtioCore {
             .collect()
     }
 
+    /// Which 32 of the device's features are looked at.
+    pub(crate) fn device_features_select(&self) -> u32 {
+        self.device_features_select
+    }
+
     pub(crate) fn select_device_features(&mut self, window: u32) {
         self.device_features_select = window;
+    }
+
+    /// Which 32 of the driver's features are written.
+    pub(crate) fn driver_features_select(&self) -> u32 {
+        self.driver_features_select
     }
 
     pub(crate) fn select_driver_features(&mut self, window: u32) {
@@ -154,6 +167,11 @@ impl VirtioCore {
     /// The selected 32 bits of the offered features. There are 64; the windows behind them are 0.
     pub(crate) fn device_features(&self) -> u32 {
         feature_window(self.device_features_select).map_or(0, |half| half.of(self.offered))
+    }
+
+    /// The selected 32 bits of the features that the driver accepted.
+    pub(crate) fn driver_features(&self) -> u32 {
+        feature_window(self.driver_features_select).map_or(0, |half| half.of(self.driver_features))
     }
 
     /// Writes the selected 32 bits of the features that the driver accepts. They are judged when
@@ -167,21 +185,39 @@ impl VirtioCore {
         }
     }
 
+    pub(crate) fn queue_select(&self) -> u32 {
+        self.queue_select
+    }
+
     pub(crate) fn select_queue(&mut self, queue: u32) {
         self.queue_select = queue;
     }
 
-    fn selected(&self) -> Option<&QueueSlot> {
-        self.queues.get(usize::try_from(self.queue_select).ok()?)
+    /// The index of the selected queue, where there is one.
+    pub(crate) fn selected_queue(&self) -> Option<usize> {
+        let index = usize::try_from(self.queue_select).ok()?;
+        (index < self.queues.len()).then_some(index)
     }
 
-    /// The selected queue, where the driver may still change its registers.
+    fn selected(&self) -> Option<&QueueSlot> {
+        self.queues.get(self.selected_queue()?)
+    }
+
+    /// The selected queue, where the driver may change its registers: before the device has
+    /// started, and afterwards those of a queue that was reset.
     fn selected_mut(&mut self) -> Option<&mut QueueSlot> {
-        if self.shared.has(DRIVER_OK) {
+        if self.shared.has(DRIVER_OK) && !self.has_ring_reset() {
             return None;
         }
+        let index = self.selected_queue()?;
         self.queues
-            .get_mut(usize::try_from(self.queue_select).ok()?)
+            .get_mut(index)
+            .filter(|queue| !queue.registers.ready)
+    }
+
+    /// Whether driver and device agreed on [`RING_RESET`].
+    fn has_ring_reset(&self) -> bool {
+        self.shared.has(FEATURES_OK) && self.driver_features & RING_RESET != 0
     }
 
     /// The largest size of the selected queue; 0 where there is no such queue.
@@ -189,29 +225,47 @@ impl VirtioCore {
         self.selected().map_or(0, |queue| queue.max_size)
     }
 
-    pub(crate) fn queue_ready(&self) -> bool {
-        self.selected().is_some_and(|queue| queue.registers.ready)
+    /// The size of the selected queue; 0 where there is no such queue.
+    pub(crate) fn queue_size(&self) -> u16 {
+        self.selected().map_or(0, |queue| queue.registers.size)
     }
 
     /// Sets the size of the selected queue. One that is not a power of two, or too large, is
     /// ignored.
     pub(crate) fn set_queue_size(&mut self, size: u32) {
-        if let Some(queue) = self.selected_mut().filter(|queue| !queue.registers.ready) {
+        if let Some(queue) = self.selected_mut() {
             queue.set_size(size);
         }
     }
 
+    /// Where an area of the selected queue is; 0 where there is no such queue.
+    pub(crate) fn queue_address(&self, area: QueueArea) -> u64 {
+        self.selected().map_or(0, |queue| queue.address(area))
+    }
+
     pub(crate) fn set_queue_address(&mut self, area: QueueArea, half: Half, value: u32) {
-        if let Some(queue) = self.selected_mut().filter(|queue| !queue.registers.ready) {
-            let address = queue.address(area);
+        if let Some(queue) = self.selected_mut() {
+            let address = queue.address_mut(area);
             *address = half.replace(*address, value);
         }
     }
 
+    pub(crate) fn queue_ready(&self) -> bool {
+        self.selected().is_some_and(|queue| queue.registers.ready)
+    }
+
     /// Enables the selected queue, or disables it again before the device has started.
     pub(crate) fn set_queue_ready(&mut self, ready: bool) {
-        if let Some(queue) = self.selected_mut() {
-            queue.registers.ready = ready;
+        let Some(index) = self.selected_queue() else {
+            return;
+        };
+        let started = self.shared.has(DRIVER_OK);
+        let slot = &mut self.queues[index];
+        if !started {
+            slot.registers.ready = ready;
+        } else if ready && !slot.registers.ready && self.has_ring_reset() {
+            self.queues[index].registers.ready = true;
+            self.add_queue(index);
         }
     }
 
@@ -270,22 +324,67 @@ impl VirtioCore {
 
     /// Makes the queues that the driver enabled from their registers.
     fn build_queues(&self) -> Result<Vec<ActiveQueue>, String> {
+        let indices = 0..self.queues.len();
+        indices
+            .filter(|&index| self.queues[index].registers.ready)
+            .map(|index| self.build_queue(index))
+            .collect()
+    }
+
+    fn build_queue(&self, index: usize) -> Result<ActiveQueue, String> {
+        let slot = &self.queues[index];
         let event_idx = self.driver_features & EVENT_IDX != 0;
-        let mut queues = Vec::new();
-        for ((index, slot), counters) in (0..).zip(&self.queues).zip(&self.counters.queues) {
-            if slot.registers.ready {
-                let queue = slot
-                    .build(&self.memory, event_idx)
-                    .map_err(|reason| format!("queue {index}: {reason}"))?;
-                queues.push(ActiveQueue {
-                    index,
-                    queue,
-                    kick: Arc::clone(&slot.kick),
-                    counters: Arc::clone(counters),
-                });
-            }
+        let queue = slot
+            .build(&self.memory, event_idx)
+            .map_err(|reason| format!("queue {index}: {reason}"))?;
+        Ok(ActiveQueue {
+            // There are 65535 queues at most.
+            index: index as u16,
+            queue,
+            kick: Arc::clone(&slot.kick),
+            counters: Arc::clone(&self.counters.queues[index]),
+        })
+    }
+
+    /// Resets the selected queue (virtio 1.3, section 2.6.1): when this returns, the device does
+    /// not have it any more, and its registers are as after a reset of the device. The driver may
+    /// then set it up and enable it again.
+    ///
+    /// Gives the queue's index, or `None` where there is no enabled queue to reset.
+    pub(crate) fn reset_queue(&mut self) -> Option<usize> {
+        let index = self.selected_queue()?;
+        if !self.has_ring_reset() || !self.queues[index].registers.ready {
+            return None;
         }
-        Ok(queues)
+        self.rearrange(|core| {
+            core.held.retain(|queue| usize::from(queue.index) != index);
+            core.queues[index].reset();
+        });
+        Some(index)
+    }
+
+    /// The driver has enabled a queue behind the others, after it was reset.
+    fn add_queue(&mut self, index: usize) {
+        match self.build_queue(index) {
+            Ok(queue) => self.rearrange(|core| {
+                core.held.push(queue);
+                core.held.sort_by_key(|queue| queue.index);
+            }),
+            Err(reason) => self.interrupt.needs_reset(&reason),
+        }
+    }
+
+    /// Changes the held queues: takes them from the device before, if it has them, and gives it
+    /// what there is then.
+    fn rearrange(&mut self, change: impl FnOnce(&mut Self)) {
+        let had_them = self.active.is_some();
+        if had_them {
+            self.held = self.deactivate();
+        }
+        change(self);
+        if had_them && !self.shared.has(DEVICE_NEEDS_RESET) {
+            self.activate();
+        }
     }
 
     /// Gives the held queues to the device.
@@ -335,9 +434,7 @@ impl VirtioCore {
         self.driver_features = 0;
         self.queue_select = 0;
         for queue in &mut self.queues {
-            queue.registers = QueueSlot::reset_registers(queue.max_size);
-            // A notification that was meant for the device before is not one for it after.
-            let _ = queue.kick.read();
+            queue.reset();
         }
         self.shared.clear();
     }

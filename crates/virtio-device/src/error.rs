@@ -39,6 +39,22 @@ pub enum TransportError {
         /// What the system said.
         source: io::Error,
     },
+    /// The type has no number among PCI devices.
+    #[error(
+        "put virtio device type {device_type} on PCI: only the types 0 to 63 have a PCI device ID"
+    )]
+    PciDeviceType {
+        /// The virtio device type.
+        device_type: u32,
+    },
+    /// The PCI function of the device could not be described.
+    #[error("describe the PCI function of virtio device type {device_type}")]
+    PciFunction {
+        /// The virtio device type.
+        device_type: u32,
+        /// What the bus has against it.
+        source: kiln_pci::Error,
+    },
     /// State was asked for while the device works on its queues.
     #[error("save the state of virtio device type {device_type}: it is not paused")]
     NotPaused {

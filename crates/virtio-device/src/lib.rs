@@ -72,6 +72,7 @@ mod device;
 mod error;
 mod interrupt;
 mod mmio;
+mod pci;
 mod simple;
 mod state;
 mod status;
@@ -79,6 +80,7 @@ mod status;
 mod test_device;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+mod transport;
 mod worker;
 
 pub use buffers::{ChainError, GuestBuffers, ShortBuffer};
@@ -87,6 +89,8 @@ pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_conf
 pub use error::TransportError;
 pub use interrupt::{InterruptEvent, VirtioInterrupt};
 pub use mmio::MmioTransport;
+pub use pci::PciTransport;
 pub use simple::SimpleDevice;
-pub use state::{CoreState, MmioState, QueueState};
+pub use state::{CoreState, MmioState, PciTransportState, QueueState};
+pub use transport::VirtioTransport;
 pub use worker::{Chain, QueueError, QueueHandler, Turn, Worker};

@@ -5,8 +5,8 @@ mod tests;
 
 use std::fmt;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_device_api::{BusDevice, ExitRequest, InterruptLine};
 use kiln_io_thread::IoHandle;
@@ -15,8 +15,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::core::{Half, QueueArea, VirtioCore};
 use crate::status::SharedStatus;
+use crate::transport::SharedCore;
 use crate::{
     DeviceCounters, InterruptEvent, MmioState, TransportError, VirtioDevice, VirtioInterrupt,
+    VirtioTransport,
 };
 
 /// The registers (virtio 1.3, section 4.2.2). Each is 32 bits wide.
@@ -47,6 +49,7 @@ mod register {
     pub(super) const SHM_LEN_HIGH: u64 = 0x0b4;
     pub(super) const SHM_BASE_LOW: u64 = 0x0b8;
     pub(super) const SHM_BASE_HIGH: u64 = 0x0bc;
+    pub(super) const QUEUE_RESET: u64 = 0x0c0;
     pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
     /// The device-specific configuration begins here and goes on to the window's end.
     pub(super) const CONFIG: u64 = 0x100;
@@ -69,12 +72,9 @@ const NO_SHARED_MEMORY: u32 = u32::MAX;
 ///
 /// Register accesses come from vCPUs through [`BusDevice`]. The control registers answer accesses
 /// of 32 aligned bits only: other reads stay `0xff` and other writes are dropped. The
-/// configuration space answers accesses of every width. Per-queue reset is not offered.
+/// configuration space answers accesses of every width.
 pub struct MmioTransport {
-    core: Mutex<VirtioCore>,
-    device_type: u32,
-    kicks: Vec<Arc<EventFd>>,
-    counters: Arc<DeviceCounters>,
+    core: SharedCore,
     interrupt: Arc<MmioInterrupt>,
 }
 
@@ -83,7 +83,7 @@ impl MmioTransport {
     pub const SIZE: u64 = 0x1000;
 
     /// The offset of the `QueueNotify` register. A 32-bit write of a queue's index here notifies
-    /// that queue: the VMM makes it an ioeventfd for each of [`kicks`](Self::kicks), matched by
+    /// that queue: the VMM makes it an ioeventfd for each of its [`kicks`](VirtioTransport::kicks), matched by
     /// the index, so that no such write leaves the kernel.
     pub const NOTIFY_OFFSET: u64 = register::QUEUE_NOTIFY;
 
@@ -107,7 +107,7 @@ impl MmioTransport {
     }
 
     /// Puts `device` behind a transport, in a state that was taken with [`state`](Self::state).
-    /// A device that was active then is paused: [`resume`](Self::resume) makes it go on.
+    /// A device that was active then is paused: [`resume`](VirtioTransport::resume) makes it go on.
     ///
     /// # Errors
     ///
@@ -134,52 +134,10 @@ impl MmioTransport {
         });
         let for_device = Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>;
         let core = VirtioCore::from_state(device, memory, io, for_device, shared, &state.core)?;
-        let (kicks, counters) = (core.kicks(), core.counters());
         Ok(Self {
-            device_type: core.device_type(),
-            core: Mutex::new(core),
-            kicks,
-            counters,
+            core: SharedCore::new(core),
             interrupt,
         })
-    }
-
-    /// The virtio device type (virtio 1.3, section 5).
-    pub fn device_type(&self) -> u32 {
-        self.device_type
-    }
-
-    /// One eventfd for each queue, in the order of their indices, to be written by a notification.
-    pub fn kicks(&self) -> Vec<Arc<EventFd>> {
-        self.kicks.clone()
-    }
-
-    /// What the device does, to be looked at while it works.
-    pub fn counters(&self) -> Arc<DeviceCounters> {
-        Arc::clone(&self.counters)
-    }
-
-    /// Stops the device's work and keeps its queues. To be called when no vCPU runs, so that
-    /// nothing is half done when the state is taken.
-    pub fn pause(&self) {
-        self.core().pause();
-    }
-
-    /// Lets a paused device go on.
-    pub fn resume(&self) {
-        // An interrupt that the driver has not acknowledged may not have reached it.
-        let untold = self.interrupt.pending.load(Ordering::Acquire) != 0;
-        self.core().resume();
-        if untold {
-            self.interrupt.line.trigger();
-        }
-    }
-
-    /// Stops the device and puts it back to its state after power-on.
-    pub fn reset(&self) {
-        let mut core = self.core();
-        core.reset();
-        self.interrupt.pending.store(0, Ordering::Release);
     }
 
     /// The state of the registers and the queues.
@@ -188,16 +146,11 @@ impl MmioTransport {
     ///
     /// [`TransportError::NotPaused`] while the device works on its queues.
     pub fn state(&self) -> Result<MmioState, TransportError> {
-        let core = self.core().state()?;
+        let core = self.core.lock().state()?;
         Ok(MmioState {
             core,
             interrupt_status: self.interrupt.pending.load(Ordering::Acquire),
         })
-    }
-
-    fn core(&self) -> MutexGuard<'_, VirtioCore> {
-        // A device that panicked ended its machine; its registers may still be looked at.
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What a register reads as; those that are only written read as 0.
@@ -205,11 +158,11 @@ impl MmioTransport {
         match offset {
             register::MAGIC_VALUE => MAGIC,
             register::VERSION => VERSION,
-            register::DEVICE_ID => self.device_type,
+            register::DEVICE_ID => self.core.device_type(),
             register::VENDOR_ID => VENDOR,
-            register::DEVICE_FEATURES => self.core().device_features(),
-            register::QUEUE_SIZE_MAX => u32::from(self.core().queue_max_size()),
-            register::QUEUE_READY => u32::from(self.core().queue_ready()),
+            register::DEVICE_FEATURES => self.core.lock().device_features(),
+            register::QUEUE_SIZE_MAX => u32::from(self.core.lock().queue_max_size()),
+            register::QUEUE_READY => u32::from(self.core.lock().queue_ready()),
             register::INTERRUPT_STATUS => self.interrupt.pending.load(Ordering::Acquire),
             register::STATUS => u32::from(self.interrupt.shared.status()),
             register::SHM_LEN_LOW
@@ -225,44 +178,72 @@ impl MmioTransport {
         use Half::{High, Low};
         use QueueArea::{Descriptors, Device, Driver};
         match offset {
-            register::DEVICE_FEATURES_SEL => self.core().select_device_features(value),
-            register::DRIVER_FEATURES_SEL => self.core().select_driver_features(value),
-            register::DRIVER_FEATURES => self.core().set_driver_features(value),
-            register::QUEUE_SEL => self.core().select_queue(value),
-            register::QUEUE_SIZE => self.core().set_queue_size(value),
-            register::QUEUE_READY => self.core().set_queue_ready(value == 1),
-            register::QUEUE_NOTIFY => self.notify(value),
+            register::DEVICE_FEATURES_SEL => self.core.lock().select_device_features(value),
+            register::DRIVER_FEATURES_SEL => self.core.lock().select_driver_features(value),
+            register::DRIVER_FEATURES => self.core.lock().set_driver_features(value),
+            register::QUEUE_SEL => self.core.lock().select_queue(value),
+            register::QUEUE_SIZE => self.core.lock().set_queue_size(value),
+            register::QUEUE_READY => self.core.lock().set_queue_ready(value == 1),
+            register::QUEUE_NOTIFY => self.core.notify(value.into()),
             register::INTERRUPT_ACK => {
                 self.interrupt.pending.fetch_and(!value, Ordering::AcqRel);
             }
             register::STATUS if value == 0 => self.reset(),
-            register::STATUS => self.core().write_status(value),
-            register::QUEUE_DESC_LOW => self.core().set_queue_address(Descriptors, Low, value),
-            register::QUEUE_DESC_HIGH => self.core().set_queue_address(Descriptors, High, value),
-            register::QUEUE_DRIVER_LOW => self.core().set_queue_address(Driver, Low, value),
-            register::QUEUE_DRIVER_HIGH => self.core().set_queue_address(Driver, High, value),
-            register::QUEUE_DEVICE_LOW => self.core().set_queue_address(Device, Low, value),
-            register::QUEUE_DEVICE_HIGH => self.core().set_queue_address(Device, High, value),
+            register::STATUS => self.core.lock().write_status(value),
+            // The queue is reset when this returns, so the register always reads as 0.
+            register::QUEUE_RESET if value == 1 => {
+                self.core.lock().reset_queue();
+            }
+            register::QUEUE_DESC_LOW => self.core.lock().set_queue_address(Descriptors, Low, value),
+            register::QUEUE_DESC_HIGH => {
+                self.core.lock().set_queue_address(Descriptors, High, value)
+            }
+            register::QUEUE_DRIVER_LOW => self.core.lock().set_queue_address(Driver, Low, value),
+            register::QUEUE_DRIVER_HIGH => self.core.lock().set_queue_address(Driver, High, value),
+            register::QUEUE_DEVICE_LOW => self.core.lock().set_queue_address(Device, Low, value),
+            register::QUEUE_DEVICE_HIGH => self.core.lock().set_queue_address(Device, High, value),
             _ => {}
         }
     }
+}
 
-    /// A notification that no ioeventfd took.
-    fn notify(&self, queue: u32) {
-        let kick = usize::try_from(queue)
-            .ok()
-            .and_then(|queue| self.kicks.get(queue));
-        if let Some(kick) = kick {
-            // It fails only where the counter is full, and then a notification is pending.
-            let _ = kick.write(1);
+impl VirtioTransport for MmioTransport {
+    fn device_type(&self) -> u32 {
+        self.core.device_type()
+    }
+
+    fn kicks(&self) -> Vec<Arc<EventFd>> {
+        self.core.kicks().to_vec()
+    }
+
+    fn counters(&self) -> Arc<DeviceCounters> {
+        self.core.counters()
+    }
+
+    fn pause(&self) {
+        self.core.lock().pause();
+    }
+
+    fn resume(&self) {
+        // An interrupt that the driver has not acknowledged may not have reached it.
+        let untold = self.interrupt.pending.load(Ordering::Acquire) != 0;
+        self.core.lock().resume();
+        if untold {
+            self.interrupt.line.trigger();
         }
+    }
+
+    fn reset(&self) {
+        let mut core = self.core.lock();
+        core.reset();
+        self.interrupt.pending.store(0, Ordering::Release);
     }
 }
 
 impl BusDevice for MmioTransport {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let Some(offset) = offset.checked_sub(register::CONFIG) {
-            self.core().read_config(offset, data);
+            self.core.lock().read_config(offset, data);
         } else if let Ok(data) = <&mut [u8; 4]>::try_from(data)
             && offset.is_multiple_of(4)
         {
@@ -272,7 +253,7 @@ impl BusDevice for MmioTransport {
 
     fn write(&self, offset: u64, data: &[u8]) -> ControlFlow<ExitRequest> {
         if let Some(offset) = offset.checked_sub(register::CONFIG) {
-            self.core().write_config(offset, data);
+            self.core.lock().write_config(offset, data);
         } else if let Ok(data) = <[u8; 4]>::try_from(data)
             && offset.is_multiple_of(4)
         {
@@ -285,8 +266,8 @@ impl BusDevice for MmioTransport {
 impl fmt::Debug for MmioTransport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MmioTransport")
-            .field("device_type", &self.device_type)
-            .field("queues", &self.kicks.len())
+            .field("device_type", &self.core.device_type())
+            .field("queues", &self.core.kicks().len())
             .finish_non_exhaustive()
     }
 }

@@ -48,3 +48,17 @@ pub struct MmioState {
     /// The `InterruptStatus` register.
     pub interrupt_status: u32,
 }
+
+/// The state of a [`PciTransport`](crate::PciTransport). Configuration space, BARs and the MSI-X
+/// table are in the state of the bus.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciTransportState {
+    /// What does not depend on the transport.
+    pub core: CoreState,
+    /// The ISR status register.
+    pub isr: u8,
+    /// The MSI-X vector for changes of the configuration; 0xffff for none.
+    pub config_vector: u16,
+    /// The MSI-X vector of each queue; 0xffff for none.
+    pub queue_vectors: Vec<u16>,
+}

@@ -5,9 +5,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod driver;
+mod pci;
 mod queue;
 mod recorder;
+mod transport;
 
 pub use driver::{MockDriver, register, status};
+pub use pci::TestPci;
 pub use queue::{Buffer, DriverQueue, RawDescriptor};
 pub use recorder::{InterruptRecorder, LONG, wait_until};
+pub use transport::{TestState, TestTransport, TransportKind, over_each_transport};

@@ -73,7 +73,22 @@ impl QueueSlot {
         }
     }
 
-    pub(crate) fn address(&mut self, area: QueueArea) -> &mut u64 {
+    /// Puts everything back to the state after power-on.
+    pub(crate) fn reset(&mut self) {
+        self.registers = Self::reset_registers(self.max_size);
+        // A notification that was meant for the queue before is not one for it after.
+        let _ = self.kick.read();
+    }
+
+    pub(crate) fn address(&self, area: QueueArea) -> u64 {
+        match area {
+            QueueArea::Descriptors => self.registers.desc_table,
+            QueueArea::Driver => self.registers.avail_ring,
+            QueueArea::Device => self.registers.used_ring,
+        }
+    }
+
+    pub(crate) fn address_mut(&mut self, area: QueueArea) -> &mut u64 {
         match area {
             QueueArea::Descriptors => &mut self.registers.desc_table,
             QueueArea::Driver => &mut self.registers.avail_ring,

@@ -1,4 +1,4 @@
-//! A driver over the MMIO transport.
+//! A driver over one of the transports.
 
 use std::sync::Arc;
 
@@ -9,9 +9,11 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::queue::DriverQueue;
 use super::recorder::{InterruptRecorder, wait_until};
-use crate::{MmioTransport, VirtioDevice};
+use super::transport::{TestState, TestTransport, TransportKind};
+use crate::{TransportError, VirtioDevice};
 
-/// Offsets of the MMIO registers (virtio 1.3, section 4.2.2).
+/// Offsets of the MMIO registers (virtio 1.3, section 4.2.2), by which a [`MockDriver`] names the
+/// registers of every transport.
 #[allow(missing_docs)]
 pub mod register {
     pub const DEVICE_FEATURES: u64 = 0x010;
@@ -30,6 +32,7 @@ pub mod register {
     pub const QUEUE_DRIVER_LOW: u64 = 0x090;
     pub const QUEUE_DEVICE_LOW: u64 = 0x0a0;
     pub const SHM_LEN_LOW: u64 = 0x0b0;
+    pub const QUEUE_RESET: u64 = 0x0c0;
     pub const CONFIG_GENERATION: u64 = 0x0fc;
     pub const CONFIG: u64 = 0x100;
 }
@@ -45,12 +48,12 @@ pub mod status {
     pub const FAILED: u32 = 128;
 }
 
-/// A device behind an MMIO transport, its I/O thread, RAM with a hole in it, and the driver's side
+/// A device behind a transport, its I/O thread, RAM with a hole in it, and the driver's side
 /// of the queues.
 #[derive(Debug)]
 pub struct MockDriver {
     /// The transport.
-    pub transport: MmioTransport,
+    pub transport: TestTransport,
     /// RAM from 0 and from [`Self::HIGH`] on.
     pub memory: Arc<GuestMemory>,
     /// The interrupts that the transport raised.
@@ -75,23 +78,26 @@ impl MockDriver {
     /// `VIRTIO_F_EVENT_IDX`.
     pub const EVENT_IDX: u64 = 1 << 29;
 
-    /// Puts a device behind a transport, as a machine just powered on has it.
+    /// `VIRTIO_F_RING_RESET`.
+    pub const RING_RESET: u64 = 1 << 40;
+
+    /// Puts a device behind an MMIO transport, as a machine just powered on has it.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::over(TransportKind::Mmio, device)
+    }
+
+    /// Puts a device behind a transport, as a machine just powered on has it.
+    pub fn over(kind: TransportKind, device: Box<dyn VirtioDevice>) -> Self {
         let ranges = [
             (GuestAddress(0), Self::HOLE as usize),
             (GuestAddress(Self::HIGH), (Self::END - Self::HIGH) as usize),
         ];
         let memory = Arc::new(allocate(&ranges, &MemoryOptions::default()).unwrap());
-        let io = IoThread::spawn("test-io", |panic| {
-            // Seen by the test as a device that does not answer.
-            eprintln!("{panic}");
-        })
-        .unwrap();
+        let io = spawn_io();
         let line = Arc::new(InterruptRecorder::default());
-        let interrupt = Arc::clone(&line) as Arc<dyn kiln_device_api::InterruptLine>;
+        let handle = io.handle().clone();
         let transport =
-            MmioTransport::new(device, Arc::clone(&memory), io.handle().clone(), interrupt)
-                .unwrap();
+            TestTransport::new(kind, device, Arc::clone(&memory), handle, &line).unwrap();
         Self {
             transport,
             memory,
@@ -99,6 +105,30 @@ impl MockDriver {
             io,
             queues: Vec::new(),
         }
+    }
+
+    /// Replaces transport, interrupts and I/O thread by others, with a device in this state.
+    ///
+    /// # Errors
+    ///
+    /// [`TransportError`] where the state does not fit; nothing has changed then.
+    pub fn restore(
+        &mut self,
+        device: Box<dyn VirtioDevice>,
+        state: &TestState,
+    ) -> Result<(), TransportError> {
+        let io = spawn_io();
+        let line = Arc::new(InterruptRecorder::default());
+        let (memory, handle) = (Arc::clone(&self.memory), io.handle().clone());
+        self.transport = TestTransport::restore(device, memory, handle, &line, state)?;
+        self.io = io;
+        self.line = line;
+        Ok(())
+    }
+
+    /// The transport that the device is behind.
+    pub fn kind(&self) -> TransportKind {
+        self.transport.kind()
     }
 
     /// Reads a 32-bit register.
@@ -147,6 +177,9 @@ impl MockDriver {
     pub fn negotiate(&self, features: u64) -> bool {
         self.write(register::STATUS, 0);
         assert_eq!(self.status(), 0);
+        if let TestTransport::Pci(pci) = &self.transport {
+            pci.route_config();
+        }
         self.write(register::STATUS, status::ACKNOWLEDGE);
         self.write(register::STATUS, status::ACKNOWLEDGE | status::DRIVER);
         let features = features | Self::VERSION_1;
@@ -165,6 +198,9 @@ impl MockDriver {
         self.write_address(register::QUEUE_DESC_LOW, queue.desc_table);
         self.write_address(register::QUEUE_DRIVER_LOW, queue.avail_ring);
         self.write_address(register::QUEUE_DEVICE_LOW, queue.used_ring);
+        if let TestTransport::Pci(pci) = &self.transport {
+            pci.route_queue(index);
+        }
         self.write(register::QUEUE_READY, 1);
     }
 
@@ -230,4 +266,12 @@ impl MockDriver {
             .unwrap();
         data
     }
+}
+
+fn spawn_io() -> IoThread {
+    IoThread::spawn("test-io", |panic| {
+        // Seen by the test as a device that does not answer.
+        eprintln!("{panic}");
+    })
+    .unwrap()
 }

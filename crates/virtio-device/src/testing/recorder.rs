@@ -4,14 +4,16 @@ use std::fmt;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use kiln_device_api::InterruptLine;
+use kiln_device_api::{InterruptLine, MsiMessage};
+use kiln_pci::{LevelInterrupt, MsixSink};
 
 use crate::{InterruptEvent, VirtioInterrupt};
 
 /// How long a test waits for what must happen.
 pub const LONG: Duration = Duration::from_secs(20);
 
-/// Counts interrupts, as the line behind a transport or as the interrupt given to a device.
+/// Counts interrupts, as the line or the MSI-X vectors behind a transport, or as the interrupt given
+/// to a device.
 #[derive(Debug, Default)]
 pub struct InterruptRecorder {
     state: Mutex<Recorded>,
@@ -23,6 +25,8 @@ struct Recorded {
     count: usize,
     events: Vec<InterruptEvent>,
     needs_reset: Option<String>,
+    vectors: Vec<u16>,
+    asserted: bool,
 }
 
 impl InterruptRecorder {
@@ -39,6 +43,16 @@ impl InterruptRecorder {
     /// Why a device said that it needs to be reset.
     pub fn needs_reset_reason(&self) -> Option<String> {
         self.state.lock().unwrap().needs_reset.clone()
+    }
+
+    /// The MSI-X vectors whose messages came.
+    pub fn vectors(&self) -> Vec<u16> {
+        self.state.lock().unwrap().vectors.clone()
+    }
+
+    /// Whether the line has a level that is asserted.
+    pub fn is_asserted(&self) -> bool {
+        self.state.lock().unwrap().asserted
     }
 
     /// Waits until there were at least `count` interrupts.
@@ -66,6 +80,27 @@ impl InterruptRecorder {
 impl InterruptLine for InterruptRecorder {
     fn trigger(&self) {
         self.record(|_| ());
+    }
+}
+
+impl MsixSink for InterruptRecorder {
+    fn connect(&self, _vector: u16, _message: MsiMessage) {}
+
+    fn disconnect(&self, _vector: u16) {}
+
+    fn signal(&self, vector: u16, _message: MsiMessage) {
+        self.record(|state| state.vectors.push(vector));
+    }
+}
+
+/// A level counts as an interrupt when it is asserted.
+impl LevelInterrupt for InterruptRecorder {
+    fn set_level(&self, asserted: bool) {
+        if asserted {
+            self.record(|state| state.asserted = true);
+        } else {
+            self.state.lock().unwrap().asserted = false;
+        }
     }
 }
 

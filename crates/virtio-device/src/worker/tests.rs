@@ -125,7 +125,7 @@ fn an_idle_device_asks_for_a_notification_and_a_waiting_one_does_not() {
     assert_eq!(driver.queues[0].used_flags(&driver.memory), 1);
     // What it put back is not lost.
     assert_eq!(
-        driver.transport.state().unwrap().core.queues[0].next_avail,
+        driver.transport.state().unwrap().core().queues[0].next_avail,
         1
     );
     controls.hold.store(false, Ordering::SeqCst);
