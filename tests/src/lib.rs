@@ -9,8 +9,11 @@
 //! | [`program`] | the `kiln` program as a process |
 //! | [`linux`] | Debian's kernels as its guests |
 //! | [`tap`] | tap interfaces for their networks |
+//! | [`prometheus`] | a strict reader of Prometheus' text format |
 //! | `tests/tiny_guests.rs` | the library with guests of a few bytes |
 //! | `tests/events.rs` | what a handle tells while its machine lives |
+//! | `tests/metrics.rs` | what a machine says that it has done |
+//! | `tests/spans.rs` | which machine and device a message says it is about |
 //! | `tests/failures.rs` | every step of building and starting a machine, failing |
 //! | `benches/stop.rs` | how long a stop takes |
 //! | `tests/command_line.rs` | the `kiln` program with guests of a few bytes, and with bad input |
@@ -22,6 +25,7 @@ pub mod guests;
 pub mod linux;
 pub mod machines;
 pub mod program;
+pub mod prometheus;
 #[path = "../../vmm/examples/guests/mod.rs"]
 pub(crate) mod scripted;
 pub mod stubborn;

@@ -112,7 +112,10 @@ fn the_buckets_of_a_histogram_include_those_before_them() {
         .collect();
     assert_eq!(buckets.len(), 27);
     assert_eq!(buckets[..2], [("0.000000256", 2), ("0.000000512", 3)]);
-    assert_eq!(buckets[24..], [("4.294967296", 4), ("8.589934592", 4), ("+Inf", 5)]);
+    assert_eq!(
+        buckets[24..],
+        [("4.294967296", 4), ("8.589934592", 4), ("+Inf", 5)]
+    );
     for (what, value) in [("sum", "12.000000613"), ("count", "5")] {
         let line = format!("kiln_block_latency_seconds_{what}{{{labels}}} {value}\n");
         assert!(text.contains(&line), "{line}");
