@@ -4,6 +4,8 @@
 //! decodes its accesses into calls of [`VirtioCore`], and gives it a [`VirtioInterrupt`].
 
 mod queue;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::mem;

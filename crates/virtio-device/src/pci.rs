@@ -207,7 +207,7 @@ impl PciTransport {
         if state.isr & !(ISR_QUEUE | ISR_CONFIG) != 0 {
             return Err(refusal(format!("the ISR status is {:#x}", state.isr)));
         }
-        self.interrupt.raise(state.isr);
+        self.interrupt.restore_isr(state.isr);
         Ok(())
     }
 

@@ -108,7 +108,12 @@ impl PciInterrupt {
         mem::take(&mut *isr)
     }
 
-    pub(super) fn raise(&self, causes: u8) {
+    /// Takes over the ISR status. The bus does so with the pin, once it knows where that leads to.
+    pub(super) fn restore_isr(&self, isr: u8) {
+        *self.lock() = isr;
+    }
+
+    fn raise(&self, causes: u8) {
         let mut isr = self.lock();
         *isr |= causes;
         self.pin.set(*isr != 0);

@@ -8,6 +8,7 @@ use kiln_io_thread::IoHandle;
 use kiln_memory::GuestMemory;
 use kiln_pci::{MsixSink, PciBusState};
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::driver::register;
 use super::pci::TestPci;
@@ -175,6 +176,11 @@ impl TestTransport {
             Self::Mmio(transport) => transport,
             Self::Pci(pci) => &*pci.transport,
         }
+    }
+
+    /// See [`VirtioTransport::kicks`].
+    pub fn kicks(&self) -> Vec<Arc<EventFd>> {
+        self.any().kicks()
     }
 
     /// See [`VirtioTransport::counters`].

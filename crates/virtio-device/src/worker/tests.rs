@@ -7,7 +7,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::test_device::{Controls, EchoDevice};
 use crate::testing::{
-    Buffer, DriverQueue, InterruptRecorder, MockDriver, RawDescriptor, register, wait_until,
+    Buffer, DriverQueue, InterruptRecorder, MockDriver, RawDescriptor, TransportKind,
+    over_each_transport, register, wait_until,
 };
 
 const NEXT: u16 = 1;
@@ -16,9 +17,21 @@ const INDIRECT: u16 = 4;
 /// Where tables and data may lie, clear of the queues.
 const DATA: u64 = 0x20_0000;
 
-fn driver(features: u64, size: u16) -> (MockDriver, Arc<Controls>) {
+over_each_transport!(
+    a_batch_is_told_by_one_interrupt,
+    a_driver_that_wants_no_interrupt_gets_none,
+    an_interrupt_comes_when_the_used_index_passes_the_event_index,
+    an_idle_device_asks_for_a_notification_and_a_waiting_one_does_not,
+    with_an_event_index_every_request_is_noticed_if_the_driver_keeps_to_it,
+    a_handler_is_called_for_a_file_descriptor_of_its_own,
+    a_long_turn_ends_so_that_others_get_theirs,
+    a_handler_that_panics_is_not_called_again_and_its_queues_come_back,
+    a_ring_that_no_driver_writes_makes_the_device_need_a_reset,
+);
+
+fn driver(kind: TransportKind, features: u64, size: u16) -> (MockDriver, Arc<Controls>) {
     let (device, controls) = EchoDevice::boxed();
-    let mut driver = MockDriver::new(device);
+    let mut driver = MockDriver::over(kind, device);
     driver.start(features, size);
     (driver, controls)
 }
@@ -52,26 +65,23 @@ fn interrupts_of_a_batch(driver: &mut MockDriver, count: usize) -> usize {
     interrupts
 }
 
-#[test]
-fn a_batch_is_told_by_one_interrupt() {
+fn a_batch_is_told_by_one_interrupt(kind: TransportKind) {
     for features in [0, MockDriver::EVENT_IDX] {
-        let (mut driver, _) = driver(features, 64);
+        let (mut driver, _) = driver(kind, features, 64);
         assert_eq!(interrupts_of_a_batch(&mut driver, 20), 1);
     }
 }
 
-#[test]
-fn a_driver_that_wants_no_interrupt_gets_none() {
-    let (mut driver, _) = driver(0, 64);
+fn a_driver_that_wants_no_interrupt_gets_none(kind: TransportKind) {
+    let (mut driver, _) = driver(kind, 0, 64);
     driver.queues[0].set_flags(&driver.memory, 1);
     assert_eq!(interrupts_of_a_batch(&mut driver, 20), 0);
     driver.queues[0].set_flags(&driver.memory, 0);
     assert_eq!(interrupts_of_a_batch(&mut driver, 20), 1);
 }
 
-#[test]
-fn an_interrupt_comes_when_the_used_index_passes_the_event_index() {
-    let (mut driver, _) = driver(MockDriver::EVENT_IDX, 64);
+fn an_interrupt_comes_when_the_used_index_passes_the_event_index(kind: TransportKind) {
+    let (mut driver, _) = driver(kind, MockDriver::EVENT_IDX, 64);
     let mut used = 0_u16;
     // (how far ahead the driver wants its interrupt, how many are used, interrupts)
     for (ahead, count, interrupts) in [
@@ -105,9 +115,8 @@ fn an_interrupt_comes_when_the_used_index_passes_the_event_index() {
     assert_eq!(interrupts_of_a_batch(&mut driver, 10), 1);
 }
 
-#[test]
-fn an_idle_device_asks_for_a_notification_and_a_waiting_one_does_not() {
-    let (mut driver, controls) = driver(0, 8);
+fn an_idle_device_asks_for_a_notification_and_a_waiting_one_does_not(kind: TransportKind) {
+    let (mut driver, controls) = driver(kind, 0, 8);
     add(&mut driver, 1);
     driver.notify(0);
     wait_all_used(&mut driver, 1);
@@ -133,9 +142,8 @@ fn an_idle_device_asks_for_a_notification_and_a_waiting_one_does_not() {
     wait_all_used(&mut driver, 1);
 }
 
-#[test]
-fn with_an_event_index_every_request_is_noticed_if_the_driver_keeps_to_it() {
-    let (mut driver, _) = driver(MockDriver::EVENT_IDX, 8);
+fn with_an_event_index_every_request_is_noticed_if_the_driver_keeps_to_it(kind: TransportKind) {
+    let (mut driver, _) = driver(kind, MockDriver::EVENT_IDX, 8);
     for round in 0..2000_u16 {
         add(&mut driver, 1);
         std::sync::atomic::fence(Ordering::SeqCst);
@@ -147,13 +155,12 @@ fn with_an_event_index_every_request_is_noticed_if_the_driver_keeps_to_it() {
     }
 }
 
-#[test]
-fn a_handler_is_called_for_a_file_descriptor_of_its_own() {
+fn a_handler_is_called_for_a_file_descriptor_of_its_own(kind: TransportKind) {
     let (device, controls) = EchoDevice::boxed();
     let wake = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
     *controls.wake.lock().unwrap() = Some(Arc::clone(&wake));
     controls.hold.store(true, Ordering::SeqCst);
-    let mut driver = MockDriver::new(device);
+    let mut driver = MockDriver::over(kind, device);
     driver.start(0, 8);
     add(&mut driver, 3);
     driver.notify(0);
@@ -169,9 +176,8 @@ fn a_handler_is_called_for_a_file_descriptor_of_its_own() {
     wait_all_used(&mut driver, 1);
 }
 
-#[test]
-fn a_long_turn_ends_so_that_others_get_theirs() {
-    let (mut driver, controls) = driver(0, 8);
+fn a_long_turn_ends_so_that_others_get_theirs(kind: TransportKind) {
+    let (mut driver, controls) = driver(kind, 0, 8);
     driver.transport.pause();
     for _ in 0..3 {
         let buffers = [
@@ -192,9 +198,8 @@ fn a_long_turn_ends_so_that_others_get_theirs() {
     assert!(controls.calls.load(Ordering::SeqCst) - before >= 4);
 }
 
-#[test]
-fn a_handler_that_panics_is_not_called_again_and_its_queues_come_back() {
-    let (mut driver, controls) = driver(0, 8);
+fn a_handler_that_panics_is_not_called_again_and_its_queues_come_back(kind: TransportKind) {
+    let (mut driver, controls) = driver(kind, 0, 8);
     controls.panic.store(true, Ordering::SeqCst);
     let calls = controls.calls.load(Ordering::SeqCst);
     add(&mut driver, 1);
@@ -212,10 +217,9 @@ fn a_handler_that_panics_is_not_called_again_and_its_queues_come_back() {
     wait_all_used(&mut driver, 1);
 }
 
-#[test]
-fn a_ring_that_no_driver_writes_makes_the_device_need_a_reset() {
+fn a_ring_that_no_driver_writes_makes_the_device_need_a_reset(kind: TransportKind) {
     for jump in [9, 100, 0x7fff, 0x8000, 0xffff] {
-        let (mut driver, controls) = driver(0, 8);
+        let (mut driver, controls) = driver(kind, 0, 8);
         wait_until("the first calls", || {
             controls.calls.load(Ordering::SeqCst) == 2
         });
