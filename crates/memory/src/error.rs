@@ -1,4 +1,4 @@
-//! What can go wrong while guest RAM is allocated.
+//! What can go wrong while guest RAM is allocated, or given back.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::MemorySize;
 
-/// Why guest RAM could not be allocated.
+/// Why guest RAM could not be allocated, or given back.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -78,6 +78,22 @@ pub enum Error {
         size: MemorySize,
         /// Which advice.
         advice: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The host does not take pages back.
+    #[error("give {size} of guest memory at {address:#x} back to the host")]
+    Discard {
+        /// Guest physical address of the pages.
+        address: u64,
+        /// How much it was.
+        size: MemorySize,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The host does not tell which pages are in memory.
+    #[error("ask the host which pages of guest memory it holds")]
+    Resident {
         /// What the host said.
         source: io::Error,
     },

@@ -9,6 +9,7 @@
 //! | `size` | [`MemorySize`]: how much RAM, as people write it |
 //! | `options` | [`MemoryOptions`], [`Backing`], [`HugePages`] |
 //! | `allocate` | [`allocate`]: regions to mappings |
+//! | `discard` | [`discard`], [`discard_slice`]: pages back to the host; [`resident`]: what it holds |
 //! | `slices` | [`scatter`], [`gather`]: copies to and from guest RAM in pieces |
 //! | `error` | [`Error`] |
 //!
@@ -30,6 +31,7 @@
 #![deny(missing_docs)]
 
 mod allocate;
+mod discard;
 mod error;
 mod options;
 mod size;
@@ -39,6 +41,7 @@ use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 pub use allocate::allocate;
+pub use discard::{discard, discard_slice, resident};
 pub use error::{Error, HugePageSize};
 pub use options::{Backing, HugePages, MemoryOptions};
 pub use size::{MemorySize, ParseMemorySizeError};
