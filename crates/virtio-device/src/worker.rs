@@ -51,7 +51,8 @@ pub trait QueueHandler: Send + 'static {
     ///
     /// It is called when the driver has notified the device, or [`ready`](Self::ready) asked for
     /// it. A handler that returns before [`Turn::pop`] gave `None`, or puts chains back, waits for
-    /// something of its own, and is called again when that is ready.
+    /// something of its own, and is called again when that is ready, unless it [gives
+    /// way](Turn::give_way).
     ///
     /// # Errors
     ///

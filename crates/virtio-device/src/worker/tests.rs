@@ -504,3 +504,34 @@ fn waiting_for_more_asks_for_a_notification_behind_what_was_put_back() {
     assert_eq!(bare.driver.avail_event(&bare.memory), 2);
     assert_eq!(bare.active.queue.next_avail(), 0);
 }
+
+#[test]
+fn a_handler_that_gives_way_with_a_chain_half_done_gets_it_again() {
+    let mut bare = Bare::new();
+    for len in [8, 4] {
+        bare.driver
+            .add(&bare.memory, &[Buffer::writable(DATA, len)]);
+    }
+    let (mut done, mut seen) = (0, Vec::new());
+    let mut ends = Vec::new();
+    while ends.last() != Some(&TurnEnd::Drained) {
+        let (end, _) = bare.turn(|turn| {
+            while let Some(mut chain) = turn.pop()? {
+                chain.writable.skip(done)?;
+                seen.push(chain.writable.len());
+                if chain.writable.len() > 4 {
+                    done += 4;
+                    turn.put_back(chain);
+                    turn.give_way();
+                    break;
+                }
+                done = 0;
+                turn.complete(chain, 0)?;
+            }
+            Ok(())
+        });
+        ends.push(end);
+    }
+    assert_eq!(ends, [TurnEnd::Yielded, TurnEnd::Drained]);
+    assert_eq!(seen, [8, 4, 4]);
+}

@@ -206,6 +206,13 @@ impl<'m> Turn<'m> {
         self.end = self.no_more;
     }
 
+    /// Says that there is more to do than is good for one turn, as with a chain that was put back
+    /// half done: [`process`](crate::QueueHandler::process) is to return, and is called again as
+    /// soon as other queues had their turn.
+    pub fn give_way(&mut self) {
+        self.end = TurnEnd::Yielded;
+    }
+
     /// Makes chains that were put back available to `pop` again.
     fn take_back(&mut self) {
         let next = self.queue.next_avail().wrapping_sub(self.returned);
