@@ -8,6 +8,9 @@ use serde_json::Value;
 
 use crate::{paths, process};
 
+/// The target that programs for release are built for.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
 /// Returns a command that runs cargo in the workspace.
 pub fn command(arguments: &[&str]) -> Command {
     // Cargo names itself to what it runs.
@@ -23,14 +26,34 @@ pub fn command(arguments: &[&str]) -> Command {
 ///
 /// When it cannot be built.
 pub fn build_kiln() -> Result<PathBuf> {
-    process::run(&mut command(&[
+    Ok(build_static("kiln")?.join("kiln"))
+}
+
+/// Builds the programs of a package for release, linked statically and to a fixed address, and
+/// returns the folder that they are in.
+///
+/// A dynamic program spends a third of a millisecond in the dynamic linker, which is a quarter of
+/// what KVM takes to start a guest.
+///
+/// # Errors
+///
+/// When they cannot be built.
+pub fn build_static(package: &str) -> Result<PathBuf> {
+    let arguments = [
         "build",
         "--quiet",
         "--release",
+        "--target",
+        TARGET,
         "--package",
-        "kiln",
-    ]))?;
-    Ok(paths::target().join("release/kiln"))
+        package,
+    ];
+    // With a target named, the flags are not for what the build itself runs.
+    process::run(command(&arguments).env(
+        "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
+        "-C target-feature=+crt-static -C relocation-model=static",
+    ))?;
+    Ok(paths::target().join(TARGET).join("release"))
 }
 
 /// Builds the integration tests of the workspace's `tests` crate and returns the programs.

@@ -4,6 +4,7 @@
 //! - [`initrd`]: extending an initrd with the script that a guest runs;
 //! - [`nested`]: a Linux with a real `/dev/kvm` on any host, that runs any of the host's programs;
 //! - [`host`]: what this machine's own KVM can do, and [`place`]: running guests where they run;
+//! - [`bench`]: Kiln measured beside others;
 //! - [`boot`] and [`mod@test`]: the two commands for users; [`cargo`]: what they build with;
 //! - [`packages`]: the Debian packages that all this takes, installed when missing;
 //! - [`process`], [`paths`], [`cpio`], [`bzimage`], [`modules`]: the small things below.
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 pub mod assets;
+pub mod bench;
 pub mod boot;
 pub mod bzimage;
 pub mod cargo;
