@@ -11,7 +11,7 @@ use kiln_vmm::virtio::{
     ActivateError, Activation, ActiveQueue, EventSet, IoEvent, QueueError, QueueHandler, Registrar,
     SimpleDevice, Turn, VirtioDevice,
 };
-use kiln_vmm::{CrashCause, Events, HandleError, VmEvent, VmExit, VmHandle};
+use kiln_vmm::{CrashCause, Events, HandleError, Transport, VmEvent, VmExit, VmHandle};
 use vmm_sys_util::eventfd::EventFd;
 
 #[test]
@@ -173,7 +173,11 @@ fn a_device_can_drop_the_last_handle_on_the_io_thread() {
             handle: Arc::clone(&place),
         };
         let vm = builder(&host, guests::virtio_driver_ok())
-            .virtio_device("drops", SimpleDevice::new(42, [16], device))
+            .virtio_device_on(
+                Transport::Mmio,
+                "drops",
+                SimpleDevice::new(42, [16], device),
+            )
             .build()
             .unwrap();
         let events = vm.events().unwrap();
@@ -221,7 +225,7 @@ fn a_device_that_panics_at_rest_ends_its_machine_and_not_the_thread_that_pauses(
     let host = host!();
     for pause in [true, false] {
         let vm = builder(&host, guests::virtio_driver_ok())
-            .virtio_device("panics", PanicsAtRest)
+            .virtio_device_on(Transport::Mmio, "panics", PanicsAtRest)
             .build()
             .unwrap();
         let handle = vm.start().unwrap();

@@ -1,5 +1,6 @@
 //! From a builder to a machine: who is wired to whom.
 
+use std::mem;
 use std::sync::{Arc, Mutex};
 
 use kiln_arch::acpi::{self, AcpiConfig, VirtioMmio};
@@ -12,14 +13,14 @@ use kiln_devices::legacy::serial::{Console, Serial};
 use kiln_devices::legacy::{I8042, IoApic, Rtc};
 use kiln_io_thread::IoThread;
 use kiln_memory::{GuestMemory, MemorySize};
-use kiln_virtio_device::{MmioTransport, VirtioDevice, VirtioTransport};
+use kiln_virtio_device::{MmioTransport, PciTransport, VirtioDevice, VirtioTransport};
 
 use crate::interrupts::InterruptRoutes;
 use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::metrics::{CountedDevices, MetricsSource, Work};
 use crate::vcpu::Vcpus;
-use crate::{BuildError, Host, Vm, VmBuilder, names};
+use crate::{BuildError, Disk, Host, Net, Transport, Vm, VmBuilder, names, pci};
 
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
 const MIN_MEMORY: MemorySize = MemorySize::mib(2);
@@ -27,6 +28,10 @@ const PAGE_SIZE: u64 = 4096;
 /// The most vCPUs. Those with APIC ids above 254 need interrupts with extended destinations, which
 /// the IOAPIC and KVM can give and which is not tested yet.
 const VCPU_LIMIT: u32 = 254;
+
+/// The most virtio devices: as many as are tested to work together, and so that a vCPU has a vector
+/// for each of their MSI-X vectors, of which it has some 200.
+const VIRTIO_DEVICE_LIMIT: usize = 40;
 
 /// Interrupts that PC software takes for something else than a virtio device.
 const LEGACY_GSIS: [(u32, &str); 4] = [
@@ -60,7 +65,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let io = IoThread::spawn(&io_name, move |panic| reported.report(panic.to_string()))?;
 
     let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
-    let mut wiring = Wiring::new(&vm, &io, &topology)?;
+    let mut wiring = Wiring::new(&host, &vm, &io, &topology)?;
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
     let thread_name = names::thread(name.as_deref(), "vcpu", 3);
@@ -130,21 +135,31 @@ fn load(
 /// A machine that is being wired: places devices on the buses and describes them to the guest.
 struct Wiring<'a> {
     devices: DeviceManager,
-    transports: Vec<Arc<MmioTransport>>,
+    transports: Vec<Arc<dyn VirtioTransport>>,
+    /// What will be on the PCI bus.
+    functions: pci::Functions,
     acpi: AcpiConfig,
     counted: CountedDevices,
+    host: &'a Host,
     vm: &'a Arc<KvmVm>,
+    routes: Arc<InterruptRoutes>,
     io: &'a IoThread,
 }
 
 impl<'a> Wiring<'a> {
-    fn new(vm: &'a Arc<KvmVm>, io: &'a IoThread, topology: &Topology) -> Result<Self, BuildError> {
+    fn new(
+        host: &'a Host,
+        vm: &'a Arc<KvmVm>,
+        io: &'a IoThread,
+        topology: &Topology,
+    ) -> Result<Self, BuildError> {
         Ok(Self {
             devices: DeviceManager::new(
                 layout::IOAPIC_PINS,
                 layout::VIRTIO_MMIO_START..layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE,
             )?,
             transports: Vec::new(),
+            functions: Vec::new(),
             acpi: AcpiConfig {
                 apic_ids: topology.apic_ids(),
                 serial: Some(acpi::SerialPort::COM1),
@@ -154,7 +169,9 @@ impl<'a> Wiring<'a> {
                 ..AcpiConfig::default()
             },
             counted: CountedDevices::default(),
+            host,
             vm,
+            routes: InterruptRoutes::new(Arc::clone(vm)),
             io,
         })
     }
@@ -177,20 +194,24 @@ impl<'a> Wiring<'a> {
             self.devices
                 .add_mmio(&at.name, at.base, at.size, at.device)?;
         }
-        for (index, disk) in builder.disks.into_iter().enumerate() {
-            let disk = disk.into_device()?;
-            let work = Work::Block(disk.counters());
-            self.add_virtio(&format!("disk {index}"), Box::new(disk), work)?;
+        let default = builder.transport;
+        let members = members(builder.disks, builder.nets, builder.virtio_devices)?;
+        let is_on_pci = |member: &Member| member.transport == Some(Transport::Pci);
+        let has_pci = default == Transport::Pci || members.iter().any(is_on_pci);
+        if has_pci {
+            for gsi in layout::PCI_INTX_GSIS {
+                self.devices.reserve_gsi("PCI interrupt line", gsi)?;
+            }
         }
-        for (index, net) in builder.nets.into_iter().enumerate() {
-            let net = net.into_device()?;
-            let work = Work::Net(net.counters());
-            self.add_virtio(&format!("net {index}"), Box::new(net), work)?;
+        for member in members {
+            self.add_virtio(member, default)?;
         }
-        for (name, device) in builder.virtio_devices {
-            self.add_virtio(&name, device, Work::Other)?;
+        let ioapic = self.add_ioapic(has_pci)?;
+        if has_pci {
+            let bus = pci::build_bus(mem::take(&mut self.functions), &ioapic)?;
+            pci::place_bus(&bus, &mut self.devices)?;
+            self.acpi.pci = Some(pci::describe_bus(&bus));
         }
-        self.add_ioapic()?;
         Ok((serial, power_button))
     }
 
@@ -238,15 +259,53 @@ impl<'a> Wiring<'a> {
         Ok(button)
     }
 
-    fn add_virtio(
+    fn add_virtio(&mut self, member: Member, default: Transport) -> Result<(), BuildError> {
+        let name = &member.name;
+        // The transport keeps it.
+        let _in_span = names::device_span(name).entered();
+        let transport = match member.transport.unwrap_or(default) {
+            Transport::Pci => self.add_virtio_pci(name, member.device)?,
+            Transport::Mmio => self.add_virtio_mmio(name, member.device)?,
+        };
+        self.counted.add(name, transport.counters(), member.work);
+        self.transports.push(transport);
+        Ok(())
+    }
+
+    fn add_virtio_pci(
         &mut self,
         name: &str,
         device: Box<dyn VirtioDevice>,
-        work: Work,
-    ) -> Result<(), BuildError> {
-        // The transport keeps it.
-        let _in_span = names::device_span(name).entered();
-        let gsi = self.devices.allocate_gsi(name)?;
+    ) -> Result<Arc<dyn VirtioTransport>, BuildError> {
+        let count = PciTransport::vectors_for(&*device);
+        let vectors = self.routes.vectors(self.host, name, count)?;
+        let memory = Arc::clone(self.vm.memory());
+        let io = self.io.handle().clone();
+        let (transport, mut description) = PciTransport::new(device, memory, io, name, vectors)?;
+        description.set_bar_observer(Arc::new(pci::Notifications::new(
+            Arc::clone(self.vm),
+            transport.kicks(),
+        )));
+        self.functions
+            .push((description, Arc::clone(&transport) as _));
+        Ok(transport)
+    }
+
+    fn add_virtio_mmio(
+        &mut self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<dyn VirtioTransport>, BuildError> {
+        let gsi = self.devices.allocate_gsi(name).map_err(|error| {
+            if let kiln_device_manager::Error::GsiExhausted { name, total } = error {
+                return BuildError::MmioDeviceCount {
+                    name,
+                    pins: total,
+                    limit: self.acpi.virtio_mmio.len(),
+                };
+            }
+            error.into()
+        })?;
         let size = layout::VIRTIO_MMIO_DEVICE_SIZE;
         let address = self.devices.allocate_mmio(name, size, size)?;
         let line = self.vm.interrupt_line(gsi)?;
@@ -265,22 +324,79 @@ impl<'a> Wiring<'a> {
         self.acpi
             .virtio_mmio
             .push(VirtioMmio { address, size, gsi });
-        self.counted.add(name, transport.counters(), work);
-        self.transports.push(transport);
-        Ok(())
+        Ok(transport)
     }
 
-    /// Comes last: it needs to know which pins are in use.
-    fn add_ioapic(&mut self) -> Result<(), BuildError> {
+    /// Comes when all others are there: it needs to know which pins are in use.
+    fn add_ioapic(&mut self, has_pci: bool) -> Result<Arc<IoApic>, BuildError> {
         let mut pins = vec![layout::SERIAL_GSI, layout::GED_GSI];
         pins.extend(self.acpi.virtio_mmio.iter().map(|device| device.gsi));
-        let routes = InterruptRoutes::new(Arc::clone(self.vm));
-        let ioapic = Arc::new(IoApic::new(&pins, routes));
+        if has_pci {
+            pins.extend(layout::PCI_INTX_GSIS);
+        }
+        let ioapic = Arc::new(IoApic::new(&pins, Arc::clone(&self.routes) as _));
         let sink = Arc::clone(&ioapic);
         self.devices
             .on_end_of_interrupt(move |vector| sink.end_of_interrupt(vector));
-        self.devices
-            .add_mmio("IOAPIC", layout::IOAPIC_START, layout::IOAPIC_SIZE, ioapic)?;
-        Ok(())
+        self.devices.add_mmio(
+            "IOAPIC",
+            layout::IOAPIC_START,
+            layout::IOAPIC_SIZE,
+            Arc::clone(&ioapic) as _,
+        )?;
+        Ok(ioapic)
+    }
+}
+
+/// A virtio device that is to be wired.
+struct Member {
+    name: String,
+    device: Box<dyn VirtioDevice>,
+    /// Where it is not the machine's.
+    transport: Option<Transport>,
+    work: Work,
+}
+
+/// All virtio devices, in the order in which the guest finds them.
+fn members(
+    disks: Vec<Disk>,
+    nets: Vec<Net>,
+    others: Vec<(String, Box<dyn VirtioDevice>, Option<Transport>)>,
+) -> Result<Vec<Member>, BuildError> {
+    let mut members = Vec::new();
+    for (index, disk) in disks.into_iter().enumerate() {
+        let transport = disk.transport;
+        let device = disk.into_device()?;
+        members.push(Member {
+            name: format!("disk {index}"),
+            transport,
+            work: Work::Block(device.counters()),
+            device: Box::new(device),
+        });
+    }
+    for (index, net) in nets.into_iter().enumerate() {
+        let transport = net.transport;
+        let device = net.into_device()?;
+        members.push(Member {
+            name: format!("net {index}"),
+            transport,
+            work: Work::Net(device.counters()),
+            device: Box::new(device),
+        });
+    }
+    for (name, device, transport) in others {
+        members.push(Member {
+            name,
+            device,
+            transport,
+            work: Work::Other,
+        });
+    }
+    match members.get(VIRTIO_DEVICE_LIMIT) {
+        None => Ok(members),
+        Some(member) => Err(BuildError::DeviceCount {
+            name: member.name.clone(),
+            limit: VIRTIO_DEVICE_LIMIT,
+        }),
     }
 }

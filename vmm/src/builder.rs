@@ -11,7 +11,7 @@ use kiln_memory::{MemoryOptions, MemorySize};
 use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
-use crate::{BuildError, Disk, Host, Net, Vm, assemble};
+use crate::{BuildError, Disk, Host, Net, Transport, Vm, assemble};
 
 /// A device of the embedder's own on a bus.
 pub(crate) struct BusDeviceAt<A> {
@@ -24,7 +24,7 @@ pub(crate) struct BusDeviceAt<A> {
 /// Describes a virtual machine; [`build`](Self::build) makes it.
 ///
 /// What is not set: one vCPU, 512 MiB of anonymous memory, the command line `console=ttyS0`, a
-/// serial port that leads nowhere, no disks, no network.
+/// serial port that leads nowhere, no disks, no network; virtio devices are on PCI.
 #[must_use = "a builder does nothing until `build`"]
 pub struct VmBuilder {
     pub(crate) name: Option<String>,
@@ -38,7 +38,8 @@ pub struct VmBuilder {
     pub(crate) disks: Vec<Disk>,
     pub(crate) nets: Vec<Net>,
     pub(crate) console: Console,
-    pub(crate) virtio_devices: Vec<(String, Box<dyn VirtioDevice>)>,
+    pub(crate) transport: Transport,
+    pub(crate) virtio_devices: Vec<(String, Box<dyn VirtioDevice>, Option<Transport>)>,
     pub(crate) pio_devices: Vec<BusDeviceAt<u16>>,
     pub(crate) mmio_devices: Vec<BusDeviceAt<u64>>,
     pub(crate) kick_signal: KickSignal,
@@ -58,6 +59,7 @@ impl Default for VmBuilder {
             disks: Vec::new(),
             nets: Vec::new(),
             console: Console::null(),
+            transport: Transport::default(),
             virtio_devices: Vec::new(),
             pio_devices: Vec::new(),
             mmio_devices: Vec::new(),
@@ -140,13 +142,37 @@ impl VmBuilder {
         self
     }
 
+    /// How the guest reaches the machine's virtio devices, but for those that say otherwise
+    /// themselves. A machine whose transport is MMIO has no PCI bus, unless a device asks for it.
+    ///
+    /// A machine has room for 40 virtio devices. On MMIO each takes one of the IOAPIC's 24 pins, of
+    /// which 18 are free for that, and 14 in a machine with a PCI bus.
+    pub fn transport(mut self, transport: Transport) -> Self {
+        self.transport = transport;
+        self
+    }
+
     /// Adds a virtio device of your own, named in messages.
     pub fn virtio_device(
         mut self,
         name: impl Into<String>,
         device: impl VirtioDevice + 'static,
     ) -> Self {
-        self.virtio_devices.push((name.into(), Box::new(device)));
+        let device = Box::new(device);
+        self.virtio_devices.push((name.into(), device, None));
+        self
+    }
+
+    /// Adds a virtio device of your own on this transport, whatever that of the others is.
+    pub fn virtio_device_on(
+        mut self,
+        transport: Transport,
+        name: impl Into<String>,
+        device: impl VirtioDevice + 'static,
+    ) -> Self {
+        let device = Box::new(device);
+        self.virtio_devices
+            .push((name.into(), device, Some(transport)));
         self
     }
 

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use kiln_devices::virtio::block::{Block, BlockBackend, BlockOptions, RawFile};
 
-use crate::BuildError;
+use crate::{BuildError, Transport};
 
 /// A disk: what is behind it, and the id that the guest sees.
 pub struct Disk {
     backend: Box<dyn BlockBackend>,
     options: BlockOptions,
+    pub(crate) transport: Option<Transport>,
 }
 
 impl Disk {
@@ -39,6 +40,7 @@ impl Disk {
         Self {
             backend: Box::new(backend),
             options: BlockOptions::default(),
+            transport: None,
         }
     }
 
@@ -46,6 +48,13 @@ impl Disk {
     /// ASCII characters. By default it is made from what the image is.
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.options.id = Some(id.into());
+        self
+    }
+
+    /// How the guest reaches it, where that differs from the rest of the machine
+    /// ([`VmBuilder::transport`](crate::VmBuilder::transport)).
+    pub fn transport(mut self, transport: Transport) -> Self {
+        self.transport = Some(transport);
         self
     }
 

@@ -75,6 +75,32 @@ pub enum BuildError {
     /// A virtio device cannot be put behind its transport.
     #[error(transparent)]
     Transport(#[from] kiln_virtio_device::TransportError),
+    /// There are more virtio devices than a machine has room for.
+    #[error(
+        "no room for `{name}`: a machine has at most {limit} virtio devices, whatever their transport"
+    )]
+    DeviceCount {
+        /// The first device that is too many.
+        name: String,
+        /// How many there can be.
+        limit: usize,
+    },
+    /// There are more virtio devices on the MMIO transport than the IOAPIC has pins.
+    #[error(
+        "no interrupt for `{name}` on the mmio transport: it takes one of the IOAPIC's {pins} pins for each \
+         device, and {limit} of them are free for that; more devices fit on the pci transport"
+    )]
+    MmioDeviceCount {
+        /// The first device that is too many.
+        name: String,
+        /// The pins of the IOAPIC.
+        pins: u32,
+        /// How many devices there can be on that transport in this machine.
+        limit: usize,
+    },
+    /// A device has no place on the PCI bus.
+    #[error(transparent)]
+    Pci(#[from] kiln_pci::Error),
     /// A device has more interrupt vectors than KVM has routes left.
     #[error("give `{name}` {count} interrupt vectors: KVM on this host has routes for {left} more")]
     InterruptRoutes {

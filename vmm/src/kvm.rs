@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kiln_arch::layout;
 use kiln_memory::{GuestMemory, MemorySize};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, VcpuFd, VmFd};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -98,6 +98,26 @@ impl KvmVm {
             .register_irqfd(&line, gsi)
             .map_err(failed("KVM_IRQFD"))?;
         Ok(Arc::new(line))
+    }
+
+    /// Has KVM write to `kick` when the guest writes anything, of any width, to `address`.
+    pub(crate) fn notify_on_any_write(
+        &self,
+        kick: &EventFd,
+        address: u64,
+    ) -> Result<(), kvm_ioctls::Error> {
+        self.fd
+            .register_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
+    }
+
+    /// The reverse of [`notify_on_any_write`](Self::notify_on_any_write).
+    pub(crate) fn stop_notifying(
+        &self,
+        kick: &EventFd,
+        address: u64,
+    ) -> Result<(), kvm_ioctls::Error> {
+        self.fd
+            .unregister_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
     }
 
     /// Has KVM write to `kick` when the guest writes the 32-bit `value` to `address`.

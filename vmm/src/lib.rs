@@ -22,6 +22,8 @@
 //! | `names` | a machine's name, and what is made of it: its `tracing` span, its threads' names |
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
 //! | `disk`, `net` | [`Disk`], [`Net`] |
+//! | `transport` | [`Transport`]: how the guest reaches its virtio devices |
+//! | `pci` | the PCI bus: what is on it, where it is, and what follows its BARs |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
 //! | `kvm` | the VM fd |
 //! | `interrupts` | the routes of interrupts through KVM: IOAPIC pins and MSI-X vectors |
@@ -94,6 +96,8 @@ mod machine;
 pub mod metrics;
 mod names;
 mod net;
+mod pci;
+mod transport;
 mod vcpu;
 mod vfio;
 
@@ -116,6 +120,7 @@ pub use kiln_memory::{gather, gather_into, scatter};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};
 pub use metrics::Metrics;
 pub use net::Net;
+pub use transport::{Transport, UnknownTransport};
 pub use vfio::VfioDevice;
 
 /// What a virtio device of your own is made of, for [`VmBuilder::virtio_device`].

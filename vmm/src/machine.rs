@@ -10,7 +10,7 @@ use kiln_devices::acpi::PowerButton;
 use kiln_devices::legacy::serial::Serial;
 use kiln_io_thread::IoThread;
 use kiln_memory::GuestMemory;
-use kiln_virtio_device::{MmioTransport, VirtioTransport};
+use kiln_virtio_device::VirtioTransport;
 use tracing::Span;
 
 use crate::events::EventSource;
@@ -36,7 +36,7 @@ pub(crate) struct Machine {
     pub(crate) span: Span,
     pub(crate) metrics: Arc<MetricsSource>,
     pub(crate) buses: Arc<Buses>,
-    pub(crate) transports: Vec<Arc<MmioTransport>>,
+    pub(crate) transports: Vec<Arc<dyn VirtioTransport>>,
     pub(crate) power_button: PowerButton,
     pub(crate) serial: Arc<Serial>,
     /// Dropping it joins the thread.
@@ -84,9 +84,9 @@ impl Machine {
 
     /// Devices may be the embedder's own: a panic of one ends the machine, and does not reach the
     /// thread that this is called on.
-    fn each_device(&self, f: impl Fn(&MmioTransport)) {
+    fn each_device(&self, f: impl Fn(&dyn VirtioTransport)) {
         for transport in &self.transports {
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| f(transport))) {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| f(&**transport))) {
                 let message = panic_message(&*payload);
                 self.failure.report(format!("a device panicked: {message}"));
             }

@@ -4,12 +4,13 @@ use std::fmt;
 
 use kiln_devices::virtio::net::{MacAddress, Net as NetDevice, NetBackend, NetOptions, Tap};
 
-use crate::BuildError;
+use crate::{BuildError, Transport};
 
 /// A network interface: what is behind it, and its address.
 pub struct Net {
     backend: Box<dyn NetBackend>,
     options: NetOptions,
+    pub(crate) transport: Option<Transport>,
 }
 
 impl Net {
@@ -27,12 +28,20 @@ impl Net {
         Self {
             backend: Box::new(backend),
             options: NetOptions::default(),
+            transport: None,
         }
     }
 
     /// The interface's address in the guest; a random one by default.
     pub fn mac(mut self, address: MacAddress) -> Self {
         self.options.mac = Some(address);
+        self
+    }
+
+    /// How the guest reaches it, where that differs from the rest of the machine
+    /// ([`VmBuilder::transport`](crate::VmBuilder::transport)).
+    pub fn transport(mut self, transport: Transport) -> Self {
+        self.transport = Some(transport);
         self
     }
 

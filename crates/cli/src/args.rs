@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_vmm::{MacAddress, MemorySize};
+use kiln_vmm::{MacAddress, MemorySize, Transport};
 
 /// Boot Linux in a KVM virtual machine.
 #[derive(Debug, Parser)]
@@ -60,13 +60,18 @@ pub(crate) struct Run {
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<MemorySize>,
 
+    /// How the guest reaches its virtio devices, but for those that say otherwise: on PCI, which
+    /// every kernel finds, or by registers in memory that it finds through ACPI [default: pci]
+    #[arg(long, value_name = "pci|mmio")]
+    pub(crate) transport: Option<Transport>,
+
     /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: a raw image file or a block
     /// device. A comma in the path is written twice
-    #[arg(long, value_name = "PATH[,readonly][,id=ID]")]
+    #[arg(long, value_name = "PATH[,readonly][,id=ID][,transport=pci|mmio]")]
     pub(crate) disk: Vec<DiskArg>,
 
     /// A network interface (virtio-net) on an existing tap interface of the host
-    #[arg(long, value_name = "tap=NAME[,mac=MAC]")]
+    #[arg(long, value_name = "tap=NAME[,mac=MAC][,transport=pci|mmio]")]
     pub(crate) net: Vec<NetArg>,
 
     /// Where the guest's serial port (ttyS0) leads [default: stdio]
@@ -140,6 +145,7 @@ pub(crate) struct DiskArg {
     pub(crate) path: PathBuf,
     pub(crate) readonly: bool,
     pub(crate) id: Option<String>,
+    pub(crate) transport: Option<Transport>,
 }
 
 impl std::str::FromStr for DiskArg {
@@ -154,20 +160,27 @@ impl std::str::FromStr for DiskArg {
             path: path.into(),
             readonly: false,
             id: None,
+            transport: None,
         };
         for option in options {
             match option.split_once('=') {
                 None if option == "readonly" => disk.readonly = true,
                 Some(("id", id)) => disk.id = Some(id.to_owned()),
+                Some(("transport", name)) => disk.transport = Some(transport(name)?),
                 _ => {
                     return Err(format!(
-                        "unknown disk option `{option}`: there are `readonly` and `id=ID`"
+                        "unknown disk option `{option}`: there are `readonly`, `id=ID` and \
+                         `transport=pci|mmio`"
                     ));
                 }
             }
         }
         Ok(disk)
     }
+}
+
+fn transport(name: &str) -> Result<Transport, String> {
+    name.parse().map_err(|e| format!("`{name}`: {e}"))
 }
 
 /// Splits at single commas; two commas in the first piece stand for one.
@@ -192,6 +205,7 @@ fn split_path(text: &str) -> (String, Vec<&str>) {
 pub(crate) struct NetArg {
     pub(crate) tap: String,
     pub(crate) mac: Option<MacAddress>,
+    pub(crate) transport: Option<Transport>,
 }
 
 impl std::str::FromStr for NetArg {
@@ -200,21 +214,28 @@ impl std::str::FromStr for NetArg {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut tap = None;
         let mut mac = None;
+        let mut chosen = None;
         for option in text.split(',') {
             match option.split_once('=') {
                 Some(("tap", name)) => tap = Some(name.to_owned()),
                 Some(("mac", address)) => {
                     mac = Some(address.parse().map_err(|e| format!("`{address}`: {e}"))?);
                 }
+                Some(("transport", name)) => chosen = Some(transport(name)?),
                 _ => {
                     return Err(format!(
-                        "unknown network option `{option}`: there are `tap=NAME` and `mac=MAC`"
+                        "unknown network option `{option}`: there are `tap=NAME`, `mac=MAC` and \
+                         `transport=pci|mmio`"
                     ));
                 }
             }
         }
         let tap = tap.ok_or("the tap interface is missing: say `tap=NAME`")?;
-        Ok(Self { tap, mac })
+        Ok(Self {
+            tap,
+            mac,
+            transport: chosen,
+        })
     }
 }
 
@@ -324,6 +345,23 @@ mod tests {
         for text in ["", "1s", "-1", "0.001", "1e9", "inf", "NaN"] {
             assert!(text.parse::<Interval>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn each_device_can_have_a_transport_of_its_own() {
+        let disk: DiskArg = "a.img,transport=mmio".parse().unwrap();
+        assert_eq!(disk.transport, Some(Transport::Mmio));
+        let net: NetArg = "tap=tap0,transport=pci".parse().unwrap();
+        assert_eq!(net.transport, Some(Transport::Pci));
+        let expected = "`isa`: the transports are `pci` and `mmio`";
+        assert_eq!(
+            "a.img,transport=isa".parse::<DiskArg>(),
+            Err(expected.into())
+        );
+        assert_eq!(
+            "tap=x,transport=isa".parse::<NetArg>(),
+            Err(expected.into())
+        );
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
     set(&mut config.boot_protocol, args.boot_protocol);
     set(&mut config.vcpus, args.cpus);
     set(&mut config.memory, args.memory);
+    set(&mut config.transport, args.transport);
     if !args.disk.is_empty() {
         config.disks = args.disk.into_iter().map(DiskConfig::from).collect();
     }
@@ -60,6 +61,7 @@ impl From<DiskArg> for DiskConfig {
             path: disk.path,
             readonly: disk.readonly,
             id: disk.id,
+            transport: disk.transport,
         }
     }
 }
@@ -69,6 +71,7 @@ impl From<NetArg> for NetConfig {
         Self {
             tap: net.tap,
             mac: net.mac,
+            transport: net.transport,
         }
     }
 }

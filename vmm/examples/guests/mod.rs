@@ -5,7 +5,7 @@
 
 #![allow(dead_code)] // Each example uses a part.
 
-use kiln_vmm::{Kernel, MemorySize, VmBuilder};
+use kiln_vmm::{Kernel, MemorySize, Transport, VmBuilder};
 
 /// RAM that a guest can use for what it likes, zeroed at the start.
 pub(crate) const DATA: u32 = 0x50_0000;
@@ -59,7 +59,9 @@ impl Guest {
     pub(crate) fn machine(self) -> Result<VmBuilder, Box<dyn std::error::Error>> {
         Ok(VmBuilder::new()
             .memory(MemorySize::mib(16))
-            .kernel(Kernel::from_code(&self.code)?))
+            .kernel(Kernel::from_code(&self.code)?)
+            // What the guests' few lines of driver know.
+            .transport(Transport::Mmio))
     }
 
     /// Writes bytes to an I/O port.

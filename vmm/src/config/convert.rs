@@ -16,7 +16,8 @@ impl VmConfig {
             .cmdline(self.cmdline)
             .vcpus(self.vcpus)
             .memory(self.memory)
-            .memory_options(self.memory_options);
+            .memory_options(self.memory_options)
+            .transport(self.transport);
         if let Some(name) = self.name {
             builder = builder.name(name);
         }
@@ -51,8 +52,12 @@ impl DiskConfig {
         } else {
             Disk::open(&self.path)?
         };
-        Ok(match self.id {
+        let disk = match self.id {
             Some(id) => disk.id(id),
+            None => disk,
+        };
+        Ok(match self.transport {
+            Some(transport) => disk.transport(transport),
             None => disk,
         })
     }
@@ -61,8 +66,12 @@ impl DiskConfig {
 impl NetConfig {
     fn open(self) -> Result<Net, BuildError> {
         let net = Net::tap(&self.tap)?;
-        Ok(match self.mac {
+        let net = match self.mac {
             Some(mac) => net.mac(mac),
+            None => net,
+        };
+        Ok(match self.transport {
+            Some(transport) => net.transport(transport),
             None => net,
         })
     }

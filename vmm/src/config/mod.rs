@@ -58,7 +58,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BootProtocol, MacAddress, MemoryOptions, MemorySize};
+use crate::{BootProtocol, MacAddress, MemoryOptions, MemorySize, Transport};
 
 pub use error::ConfigError;
 
@@ -90,6 +90,8 @@ pub struct VmConfig {
     /// The size of the guest's RAM: a whole number with K, M, G or T, or a number of MiB.
     #[cfg_attr(test, schemars(schema_with = "schema::memory_size"))]
     pub memory: MemorySize,
+    /// How the guest reaches the virtio devices, but for those that say otherwise themselves.
+    pub transport: Transport,
     /// Where the guest's serial port (ttyS0) leads. Not given, it leads nowhere; `kiln run` then
     /// takes its standard input and output.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -122,6 +124,7 @@ impl Default for VmConfig {
             cmdline: "console=ttyS0".to_owned(),
             vcpus: 1,
             memory: MemorySize::mib(512),
+            transport: Transport::default(),
             serial: None,
             memory_options: MemoryOptions::default(),
             disks: Vec::new(),
@@ -187,6 +190,9 @@ pub struct DiskConfig {
     /// Not given, it is made from what the image is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// How the guest reaches it. Not given, it is as for the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport: Option<Transport>,
 }
 
 /// A network interface on a tap interface of the host.
@@ -200,6 +206,9 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(schema_with = "schema::mac_address"))]
     pub mac: Option<MacAddress>,
+    /// How the guest reaches it. Not given, it is as for the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport: Option<Transport>,
 }
 
 /// Where a serial port leads.

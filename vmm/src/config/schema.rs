@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::error::explain;
 use super::{DiskConfig, NetConfig, SerialConfig, VmConfig};
-use crate::{MemoryOptions, MemorySize};
+use crate::{MemoryOptions, MemorySize, Transport};
 
 /// Set to write the schema instead of comparing it.
 const BLESS: &str = "KILN_BLESS";
@@ -138,11 +138,13 @@ fn the_schema_has_every_key_that_is_written() {
         serial: Some(SerialConfig::File("s".into())),
         disks: vec![DiskConfig {
             id: Some("i".into()),
+            transport: Some(Transport::Mmio),
             ..DiskConfig::default()
         }],
         nets: vec![NetConfig {
             tap: "t".into(),
             mac: Some("06:00:00:00:00:01".parse().unwrap()),
+            transport: Some(Transport::Mmio),
         }],
         ..VmConfig::default()
     };

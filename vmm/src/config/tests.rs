@@ -15,6 +15,7 @@ fn full() -> VmConfig {
         cmdline: "console=ttyS0 root=/dev/vda".into(),
         vcpus: 4,
         memory: MemorySize::gib(5),
+        transport: Transport::Mmio,
         serial: Some(SerialConfig::File("console.log".into())),
         memory_options: MemoryOptions {
             backing: Backing::Memfd,
@@ -27,16 +28,19 @@ fn full() -> VmConfig {
                 path: "root.ext4".into(),
                 readonly: false,
                 id: Some("root".into()),
+                transport: Some(Transport::Pci),
             },
             DiskConfig {
                 path: "/srv/data.img".into(),
                 readonly: true,
                 id: None,
+                transport: None,
             },
         ],
         nets: vec![NetConfig {
             tap: "tap0".into(),
             mac: Some("06:00:00:00:00:01".parse().unwrap()),
+            transport: Some(Transport::Mmio),
         }],
     }
 }
@@ -81,9 +85,12 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.name, full().name);
     assert_eq!(builder.vcpus, 4);
     assert_eq!(builder.memory, MemorySize::gib(5));
+    assert_eq!(builder.transport, full().transport);
     assert_eq!(builder.memory_options, full().memory_options);
     assert_eq!(builder.initrd, Some(folder.path().join("initrd.img")));
     assert_eq!(builder.cmdline, full().cmdline);
+    let transports: Vec<_> = builder.disks.iter().map(|disk| disk.transport).collect();
+    assert_eq!(transports, [Some(Transport::Pci), None]);
     let disks: Vec<String> = builder.disks.iter().map(|d| format!("{d:?}")).collect();
     assert!(disks[0].contains("bytes: 1024") && disks[0].contains("read_only: false"));
     assert!(disks[0].contains("\"root\""), "{}", disks[0]);
@@ -241,7 +248,7 @@ fn what_cannot_be_opened_is_refused_as_by_the_builder() {
     let with_net = VmConfig {
         nets: vec![NetConfig {
             tap: "kilnabsent0".into(),
-            mac: None,
+            ..NetConfig::default()
         }],
         ..VmConfig::default()
     };
