@@ -11,8 +11,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use kiln_tests::linux::Linux;
 use kiln_tests::machines::{LONG, builder, end, start};
 use kiln_tests::prometheus::Exposition;
+use kiln_tests::tap::Tap;
 use kiln_tests::{guests, host};
 use kiln_vmm::metrics::{LatencyMetrics, SerialMetrics};
 use kiln_vmm::virtio::{QueueError, QueueHandler, Registrar, SimpleDevice, Turn};
@@ -264,4 +266,79 @@ fn metrics_grow_while_a_guest_runs_and_stay_as_they_are_at_its_end() {
     assert!(last.uptime_ns > before.uptime_ns);
     std::thread::sleep(Duration::from_millis(20));
     assert_eq!(handle.metrics(), last);
+}
+
+#[test]
+#[ignore = "needs hardware KVM: run by cargo xtask test"]
+fn a_linux_guest_and_its_machine_count_the_same() {
+    let _tap = Tap::new("kilntest9", "192.168.119.1/24");
+    let linux = Linux::new("6.12");
+    let path = |name| linux.folder.path().join(name);
+    let (image, metrics) = (path("image"), path("vm.prom"));
+    std::fs::write(&image, vec![0; 8 << 20]).unwrap();
+    let linux = linux
+        .disk(&image, ",id=metrics")
+        .arg("--net")
+        .arg("tap=kilntest9")
+        .cmdline("kiln.ip=eth0:192.168.119.2/24")
+        .arg("--metrics")
+        .arg(&metrics)
+        .arg("--name")
+        .arg("linux");
+    let script = "ping -c 3 192.168.119.1 | grep received
+        dd if=/dev/zero of=/dev/vda bs=64k count=16 conv=fsync
+        echo 3 > /proc/sys/vm/drop_caches
+        dd if=/dev/vda of=/dev/null bs=64k skip=16 count=32
+        cat /sys/block/vda/serial > /dev/null
+        ip link set eth0 down
+        set -- $(cat /sys/block/vda/stat)
+        echo reads=$1; echo read_sectors=$3; echo writes=$5; echo write_sectors=$7; echo flushes=${16}
+        for what in rx_packets rx_bytes tx_packets tx_bytes; do
+            echo $what=$(cat /sys/class/net/eth0/statistics/$what)
+        done";
+    let outcome = linux.run(script).unwrap();
+    assert_eq!(
+        outcome.code,
+        Some(0),
+        "{}\n{}",
+        outcome.output,
+        outcome.errors
+    );
+    let guest = |name: &str| -> f64 {
+        let value = outcome.value(name).and_then(|value| value.parse().ok());
+        value.unwrap_or_else(|| panic!("no {name} in {}", outcome.output))
+    };
+    let text = std::fs::read_to_string(&metrics).unwrap();
+    let read = Exposition::parse(&text).unwrap();
+    let machine = |name: &str, labels: &[(&str, &str)]| {
+        let labels = [&[("vm", "linux")], labels].concat();
+        read.get(name, &labels)
+            .unwrap_or_else(|| panic!("no {name} {labels:?} in {text}"))
+    };
+    let disk = |name: &str, kind| machine(name, &[("device", "disk 0"), ("kind", kind)]);
+    let flushes = disk("kiln_block_requests_total", "flush");
+    assert_eq!(flushes, guest("flushes"));
+    assert!(flushes > 0.0);
+    // To the guest a flush is a write of nothing.
+    for (kind, empty) in [("read", 0.0), ("write", flushes)] {
+        let requests = disk("kiln_block_requests_total", kind);
+        assert_eq!(requests + empty, guest(&format!("{kind}s")), "{kind}s");
+        let bytes = 512.0 * guest(&format!("{kind}_sectors"));
+        assert_eq!(disk("kiln_block_bytes_total", kind), bytes);
+        assert_eq!(disk("kiln_block_latency_seconds_count", kind), requests);
+    }
+    assert!(guest("write_sectors") >= 2048.0 && guest("read_sectors") >= 4096.0);
+    assert!(disk("kiln_block_requests_total", "id") > 0.0);
+    let net = |name: &str, way| machine(name, &[("device", "net 0"), ("direction", way)]);
+    for way in ["rx", "tx"] {
+        assert!(net("kiln_net_packets_total", way) >= 3.0);
+        let packets = guest(&format!("{way}_packets"));
+        assert_eq!(net("kiln_net_packets_total", way), packets, "{way}");
+        assert_eq!(
+            net("kiln_net_bytes_total", way),
+            guest(&format!("{way}_bytes"))
+        );
+    }
+    let printed = machine("kiln_serial_bytes_total", &[("direction", "output")]);
+    assert_eq!(printed, outcome.output.len() as f64);
 }
