@@ -430,6 +430,7 @@ impl VirtioCore {
     /// the device status does.
     pub(crate) fn reset(&mut self) {
         drop(self.deactivate());
+        self.shared.span().in_scope(|| self.device.reset());
         self.held.clear();
         self.device_features_select = 0;
         self.driver_features_select = 0;

@@ -71,6 +71,11 @@ pub trait VirtioDevice: Send {
     /// One mechanism serves the driver's reset, pause, snapshot and unplug. A device that was not
     /// activated gives nothing.
     fn deactivate(&mut self) -> Vec<ActiveQueue>;
+
+    /// The driver has reset the device, which is not active: what a device keeps while a machine is
+    /// paused, and a driver that begins anew should find nothing of, goes now. Most devices keep
+    /// nothing.
+    fn reset(&mut self) {}
 }
 
 /// Answers [`VirtioDevice::read_config`] from a configuration that is kept as bytes.
