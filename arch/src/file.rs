@@ -1,10 +1,13 @@
 //! A file whose content goes into guest memory.
 
 use std::fs::{self, File};
-use std::io::{self, Seek};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use kiln_memory::{GuestMemory, map_file};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::Error;
 
@@ -83,8 +86,13 @@ impl ImageFile {
 
     /// Gives the file, at its beginning, to a reader.
     pub(crate) fn rewound<T>(&self, reader: impl FnOnce(&mut File) -> T) -> Result<T, Error> {
+        self.unchanged(|file| file.rewind().map(|()| reader(file)))?
+            .map_err(|source| self.read_error(source))
+    }
+
+    /// Gives the file to someone, if it is as long as it was.
+    fn unchanged<T>(&self, f: impl FnOnce(&mut File) -> T) -> Result<T, Error> {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.rewind().map_err(|source| self.read_error(source))?;
         // What was checked and placed was the file as it was then.
         if file
             .metadata()
@@ -97,7 +105,41 @@ impl ImageFile {
                 name: self.name.clone(),
             });
         }
-        Ok(reader(&mut file))
+        Ok(f(&mut file))
+    }
+
+    /// Reads `size` bytes at an offset into guest memory.
+    pub(crate) fn read_into(
+        &self,
+        offset: u64,
+        size: u64,
+        memory: &GuestMemory,
+        address: u64,
+    ) -> Result<(), Error> {
+        if size == 0 {
+            return Ok(());
+        }
+        let count = usize::try_from(size).unwrap_or(usize::MAX);
+        self.unchanged(|file| {
+            file.seek(SeekFrom::Start(offset))?;
+            memory
+                .read_exact_volatile_from(GuestAddress(address), file, count)
+                .map_err(io::Error::other)
+        })?
+        .map_err(|source| self.read_error(source))
+    }
+
+    /// Maps `size` bytes at an offset over guest memory, if that can be; says whether it did.
+    pub(crate) fn map(
+        &self,
+        offset: u64,
+        size: u64,
+        memory: &GuestMemory,
+        address: u64,
+    ) -> Result<bool, Error> {
+        // A file system that cannot map can be read.
+        self.unchanged(|file| map_file(memory, GuestAddress(address), file, offset, size))
+            .map(|mapped| mapped.unwrap_or(false))
     }
 
     pub(crate) fn read_error(&self, source: io::Error) -> Error {

@@ -47,7 +47,11 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let span = names::machine_span(name.as_deref());
     let _in_span = span.enter();
     // What needs no host is refused first.
-    let kernel = builder.kernel.clone().ok_or(BuildError::NoKernel)?;
+    let mut kernel = builder.kernel.clone().ok_or(BuildError::NoKernel)?;
+    if builder.memory_options.prefault {
+        // What is mapped from a file would fault later.
+        kernel = kernel.read();
+    }
     let initrd = builder.initrd.as_ref().map(Initrd::open).transpose()?;
     let host = match &builder.host {
         Some(host) => Arc::clone(host),

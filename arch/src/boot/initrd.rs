@@ -1,11 +1,9 @@
 //! The initial RAM disk.
 
 use std::fs::File;
-use std::io;
 use std::path::Path;
 
 use kiln_memory::GuestMemory;
-use vm_memory::{Bytes, GuestAddress};
 
 use crate::Error;
 use crate::file::ImageFile;
@@ -77,10 +75,7 @@ impl Initrd {
 
     /// Copies it to a place that [`place`](Self::place) found.
     pub(super) fn load(&self, memory: &GuestMemory, address: u64) -> Result<(), Error> {
-        let size = usize::try_from(self.len()).unwrap_or(usize::MAX);
-        self.0
-            .rewound(|file| memory.read_exact_volatile_from(GuestAddress(address), file, size))?
-            .map_err(|error| self.0.read_error(io::Error::other(error)))
+        self.0.read_into(0, self.len(), memory, address)
     }
 }
 

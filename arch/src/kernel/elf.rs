@@ -1,5 +1,7 @@
 //! 64-bit ELF kernels (System V ABI, chapters 4 and 5), and the note with their PVH entry.
 
+use kiln_memory::GuestMemory;
+
 use super::field::{u16_at, u32_at, u64_at};
 use super::{BootProtocol, KernelProblem};
 use crate::Error;
@@ -54,9 +56,36 @@ pub(super) struct Elf {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Segment {
+pub(super) struct Segment {
     start: u64,
     end: u64,
+    /// Where its content is in the file, and how much of it: the rest of it is zeros.
+    offset: u64,
+    file_size: u64,
+}
+
+/// Less than this is read rather than mapped: a mapping costs more.
+const MIN_MAPPED: u64 = 0x1_0000;
+const PAGE: u64 = 0x1000;
+
+impl Segment {
+    /// The part of the segment that can be mapped: guest physical addresses, whole pages both there
+    /// and in the file. It may be empty.
+    fn pages(&self) -> (u64, u64) {
+        let content_end = self.start + self.file_size;
+        let (first, last) = (self.start.next_multiple_of(PAGE), content_end / PAGE * PAGE);
+        let congruent = self.start % PAGE == self.offset % PAGE;
+        if congruent && last.saturating_sub(first) >= MIN_MAPPED {
+            (first, last)
+        } else {
+            (content_end, content_end)
+        }
+    }
+
+    /// Where the byte for an address of the segment is in the file.
+    fn offset_of(&self, address: u64) -> u64 {
+        self.offset + (address - self.start)
+    }
 }
 
 /// A program header, as far as it matters.
@@ -136,6 +165,30 @@ impl Elf {
         } else {
             Err(KernelProblem::EntryOutside { entry })
         }
+    }
+
+    /// Puts the segments where they belong: maps whole pages of the file there where it may, and
+    /// reads the rest.
+    pub(super) fn load(
+        &self,
+        memory: &GuestMemory,
+        file: &ImageFile,
+        may_map: bool,
+    ) -> Result<(), Error> {
+        for segment in &self.segments {
+            let (mut first, last) = segment.pages();
+            let is_mapped = may_map
+                && first < last
+                && file.map(segment.offset_of(first), last - first, memory, first)?;
+            if !is_mapped {
+                first = last;
+            }
+            let content_end = segment.start + segment.file_size;
+            for (from, to) in [(segment.start, first), (last, content_end)] {
+                file.read_into(segment.offset_of(from), to - from, memory, from)?;
+            }
+        }
+        Ok(())
     }
 
     /// From the first byte of the first segment to the one behind the last.
@@ -263,7 +316,12 @@ fn segments(headers: &[ProgramHeader]) -> Result<Vec<Segment>, KernelProblem> {
         if start < KERNEL_MIN_START || end > MMIO_HOLE_START {
             return Err(KernelProblem::SegmentOutside { start, end });
         }
-        segments.push(Segment { start, end });
+        segments.push(Segment {
+            start,
+            end,
+            offset: header.offset,
+            file_size: header.file_size,
+        });
     }
     segments.sort_unstable_by_key(|segment| segment.start);
     for pair in segments.windows(2) {

@@ -2,7 +2,8 @@
 //!
 //! A file is looked at, not believed: whether it is a bzImage or an ELF image is seen from its
 //! content, and everything that can be known to be wrong without guest memory is found by
-//! [`Kernel::open`]. The loading itself is linux-loader's, and is given only what was checked here.
+//! [`Kernel::open`]. A bzImage is loaded by linux-loader, which is given only what was checked
+//! here; an ELF image is mapped, which linux-loader cannot.
 
 mod bzimage;
 mod elf;
@@ -14,7 +15,6 @@ use std::path::Path;
 
 use kiln_memory::GuestMemory;
 use linux_loader::loader::bzimage::BzImage as BzImageLoader;
-use linux_loader::loader::elf::Elf as ElfLoader;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -53,8 +53,13 @@ const ELF_CMDLINE_SIZE: usize = 2047;
 
 /// A kernel that was looked at and found whole.
 ///
-/// It can be loaded into any number of machines; clones share the open file, which must not be
-/// changed until the last machine was built.
+/// It can be loaded into any number of machines; clones share the open file.
+///
+/// Whole pages of an ELF image are mapped into the guest's RAM and not read, so that loading takes
+/// no time, and machines share the host's copy. The file must therefore not be changed in place as
+/// long as a machine lives: the guest may see the change, and the process gets SIGBUS where the file
+/// is cut short. Replacing it by renaming another, as package managers do, is safe.
+/// [`read`](Self::read) is for files that are not so.
 ///
 /// ```no_run
 /// use kiln_arch::{BootProtocol, Kernel};
@@ -67,6 +72,7 @@ const ELF_CMDLINE_SIZE: usize = 2047;
 pub struct Kernel {
     image: Image,
     protocol: BootProtocol,
+    may_map: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -133,6 +139,7 @@ impl Kernel {
         Ok(Self {
             image: Image::Code(code.to_vec()),
             protocol: BootProtocol::Linux64,
+            may_map: false,
         })
     }
 
@@ -142,6 +149,7 @@ impl Kernel {
             return Ok(Self {
                 image: Image::Elf(file, elf),
                 protocol,
+                may_map: true,
             });
         }
         if let Some(bzimage) = BzImage::inspect(&file)? {
@@ -149,9 +157,18 @@ impl Kernel {
             return Ok(Self {
                 image: Image::Compressed(file, bzimage),
                 protocol,
+                may_map: false,
             });
         }
         Err(KernelProblem::NotAKernel.of(file.name()))
+    }
+
+    /// Has the file read when it is loaded, and not mapped. It can then be changed once the machines
+    /// are built.
+    #[must_use]
+    pub fn read(mut self) -> Self {
+        self.may_map = false;
+        self
     }
 
     /// Chooses the boot protocol.
@@ -239,12 +256,8 @@ impl Kernel {
 
     /// Loads it to where [`placement`](Self::placement) said. Guest memory must be all zeros there.
     pub(crate) fn load(&self, memory: &GuestMemory, placed: &Loaded) -> Result<(), Error> {
-        // An ELF kernel is loaded to where it asks to be. To ask for an offset of zero from there
-        // keeps the loader from looking for notes, which were read here already.
         match &self.image {
-            Image::Elf(file, _) => self.loaded(
-                file.rewound(|file| ElfLoader::load(memory, Some(GuestAddress(0)), file, None))?,
-            ),
+            Image::Elf(file, elf) => elf.load(memory, file, self.may_map),
             Image::Compressed(file, _) => self.loaded(file.rewound(|file| {
                 BzImageLoader::load(memory, Some(GuestAddress(placed.start)), file, None)
             })?),

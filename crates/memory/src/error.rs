@@ -71,6 +71,14 @@ pub enum Error {
         /// What the host said.
         source: io::Error,
     },
+    /// A file could not be mapped.
+    #[error("map {size} of a file into guest memory")]
+    MapFile {
+        /// How much of the file.
+        size: MemorySize,
+        /// What the host said.
+        source: io::Error,
+    },
     /// The host refused an advice that was asked for.
     #[error("advise the host on {size} of guest memory: {advice} was refused")]
     Advise {

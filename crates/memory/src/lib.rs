@@ -10,6 +10,7 @@
 //! | `options` | [`MemoryOptions`], [`Backing`], [`HugePages`] |
 //! | `allocate` | [`allocate`]: regions to mappings |
 //! | `discard` | [`discard`], [`discard_slice`]: pages back to the host; [`resident`]: what it holds |
+//! | `overlay` | [`map_file`]: a file mapped instead of read |
 //! | `slices` | [`scatter`], [`gather`]: copies to and from guest RAM in pieces |
 //! | `error` | [`Error`] |
 //!
@@ -34,6 +35,7 @@ mod allocate;
 mod discard;
 mod error;
 mod options;
+mod overlay;
 mod size;
 mod slices;
 
@@ -44,6 +46,7 @@ pub use allocate::allocate;
 pub use discard::{discard, discard_slice, resident};
 pub use error::{Error, HugePageSize};
 pub use options::{Backing, HugePages, MemoryOptions};
+pub use overlay::map_file;
 pub use size::{MemorySize, ParseMemorySizeError};
 pub use slices::{gather, gather_into, scatter};
 
