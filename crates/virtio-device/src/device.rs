@@ -21,7 +21,8 @@ pub trait VirtioDevice: Send {
 
     /// The feature bits of this device type that are offered: bits 0 to 23 and from 50 on (virtio
     /// 1.3, section 2.2). The others belong to the transport and the rings, which add their own
-    /// (`VERSION_1`, `RING_INDIRECT_DESC` and `RING_EVENT_IDX`) and take out what is set here.
+    /// (`VERSION_1`, `RING_INDIRECT_DESC`, `RING_EVENT_IDX` and `RING_RESET`) and take out what is
+    /// set here.
     ///
     /// Asked once, when the device is given to its transport. By default there are none.
     fn features(&self) -> u64 {
@@ -53,7 +54,8 @@ pub trait VirtioDevice: Send {
         let _ = (offset, data);
     }
 
-    /// The driver has set `DRIVER_OK`, or a paused machine goes on: start working on the queues.
+    /// The driver has set `DRIVER_OK`, a paused machine goes on, or there is a queue more or less
+    /// because the driver has reset one: start working on the queues.
     ///
     /// The transport notifies every queue once the device is active, so nothing that the driver
     /// made available before is missed.

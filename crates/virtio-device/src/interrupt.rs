@@ -15,14 +15,16 @@ pub enum InterruptEvent {
 
 /// The way to the driver, implemented by the transport; a recorder in tests.
 ///
-/// It is called from I/O threads and takes no lock that a vCPU thread holds.
+/// It is called from I/O threads, also while a vCPU thread waits for them with its transport
+/// locked: it takes no lock that anybody holds while waiting for such a thread.
 pub trait VirtioInterrupt: Send + Sync {
     /// Interrupts the driver. Interrupts that it has not taken yet may merge with this one.
     fn trigger(&self, event: InterruptEvent);
 
     /// An eventfd that has the effect of [`trigger`](Self::trigger) for this event when it is
     /// written, for workers outside the process or in the kernel; `None` where the transport has
-    /// to be told of each event.
+    /// to be told of each event. It is for the time until the device is deactivated: drivers route
+    /// events to interrupts before they let a device start.
     fn notifier(&self, event: InterruptEvent) -> Option<EventFd> {
         let _ = event;
         None

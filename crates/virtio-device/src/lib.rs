@@ -2,10 +2,11 @@
 //!
 //! A device implements [`VirtioDevice`]: what it is (type, features, queue sizes, configuration)
 //! and what it does when it is activated and deactivated. It knows nothing of registers, of
-//! interrupts or of KVM. A transport - [`MmioTransport`] - owns the device, answers the driver's
-//! registers as virtio 1.3 has them, and gives the device its queues once the driver is ready.
-//! Deactivation gives the queues back: that one mechanism is the driver's reset, pause, snapshot
-//! and unplug.
+//! interrupts or of KVM. A transport - [`PciTransport`] or [`MmioTransport`], to its machine a
+//! [`VirtioTransport`] - owns the device, answers the driver's registers as virtio 1.3 has them,
+//! and gives the device its queues once the driver is ready. Deactivation gives the queues back:
+//! that one mechanism is the driver's reset, of the device or of a single queue, and pause,
+//! snapshot and unplug.
 //!
 //! Most devices only say what to do with the buffers of a queue, as a [`QueueHandler`], and leave
 //! the rest to a [`Worker`], which runs the handler on an I/O thread; a [`SimpleDevice`] is a whole
@@ -19,12 +20,14 @@
 //! | `interrupt` | [`VirtioInterrupt`]: the way from a device to its driver |
 //! | `counters` | [`DeviceCounters`], [`QueueCounters`]: what a device has done, to be read at any time |
 //! | `core` | the state machine of status, features and queues, which all transports share |
+//! | `transport` | [`VirtioTransport`]: what a machine asks of every transport |
 //! | `mmio` | [`MmioTransport`] |
+//! | `pci` | [`PciTransport`], a function on a [PCI bus](kiln_pci) |
 //! | `buffers` | [`GuestBuffers`]: descriptor chains as slices of guest RAM, with no copy |
 //! | `worker` | [`QueueHandler`], [`Worker`], [`Turn`] and [`Chain`] |
 //! | `simple` | [`SimpleDevice`] |
-//! | `state` | [`CoreState`], [`MmioState`], [`QueueState`]: state to be stored |
-//! | `testing` | a mock driver and an interrupt recorder (feature `test-utils`) |
+//! | `state` | [`CoreState`], [`MmioState`], [`PciTransportState`], [`QueueState`]: state to be stored |
+//! | `testing` | a mock driver over each transport, and an interrupt recorder (feature `test-utils`) |
 //!
 //! A transport, and the device behind it, belong to the `tracing` span in which the transport is made:
 //! the device is activated, deactivated and started on its I/O thread in that span. Processing a
@@ -63,6 +66,8 @@
 //! assert_eq!(driver.bytes(0x1000, 9), [4, 4, 4, 4, 4, 4, 4, 4, 0]);
 //! driver.line.wait_for(1);
 //! ```
+//!
+//! [`PciTransport`] has an example of a device on a PCI bus.
 #![forbid(unsafe_code)]
 
 mod buffers;

@@ -83,8 +83,9 @@ impl MmioTransport {
     pub const SIZE: u64 = 0x1000;
 
     /// The offset of the `QueueNotify` register. A 32-bit write of a queue's index here notifies
-    /// that queue: the VMM makes it an ioeventfd for each of its [`kicks`](VirtioTransport::kicks), matched by
-    /// the index, so that no such write leaves the kernel.
+    /// that queue: the VMM makes it an ioeventfd for each of its
+    /// [kicks](VirtioTransport::kicks), matched by the index, so that no such write leaves the
+    /// kernel.
     pub const NOTIFY_OFFSET: u64 = register::QUEUE_NOTIFY;
 
     /// Puts `device` behind a transport, in the state after power-on.

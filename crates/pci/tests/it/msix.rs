@@ -128,3 +128,21 @@ fn a_restored_bus_sends_what_was_pending() {
     other.set_config(CAPABILITY, ENABLE);
     assert_eq!(sent(&other), [(2, message(2))]);
 }
+
+#[test]
+fn the_pin_is_kept_from_its_line_while_msix_is_enabled() {
+    let fixture = Fixture::new();
+    let levels = || fixture.level.0.lock().unwrap().clone();
+    fixture.pin.set(true);
+    fixture.set_config(0x48, 0x8000_0000);
+    assert_eq!(levels(), [true, false]);
+    fixture.pin.set(false);
+    fixture.pin.set(true);
+    assert_eq!(levels(), [true, false]);
+    // A bus that is restored like that does not assert it either.
+    let state = fixture.bus.state();
+    fixture.bus.restore(&state).unwrap();
+    assert_eq!(levels(), [true, false]);
+    fixture.set_config(0x48, 0);
+    assert_eq!(levels(), [true, false, true]);
+}
