@@ -10,14 +10,18 @@
 //! | `config` | from arguments and `--config` to a [`kiln_vmm::VmConfig`] |
 //! | `run` | `kiln run` |
 //! | `metrics` | `--metrics`: the file that the machine's metrics are written to |
+//! | `supervise` | waiting for the end, and for signals |
+//! | `memory` | the allocator's settings |
 //! | `check` | `kiln check` |
 //! | `terminal` | raw mode and the escape sequence |
 
 mod args;
 mod check;
 mod config;
+mod memory;
 mod metrics;
 mod run;
+mod supervise;
 mod terminal;
 
 use std::process::ExitCode;
@@ -33,6 +37,7 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    memory::share_one_heap();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

@@ -9,12 +9,11 @@ use kiln_vmm::config::SerialConfig;
 use kiln_vmm::{
     Console, ConsoleInput, ConsoleOutput, CrashCause, Execution, Host, VmExit, VmHandle,
 };
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use crate::args::Run;
 use crate::config;
 use crate::metrics::{Follower, MetricsFile};
+use crate::supervise::Signals;
 use crate::terminal::{self, Escape, RawMode};
 
 pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
@@ -31,7 +30,8 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     };
     let vm = builder.build()?;
 
-    let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("watch for signals")?;
+    let signals = Signals::watch()?;
+    let events = vm.events()?;
     let raw_mode = match keyboard {
         Some(_) => {
             eprintln!("kiln: Ctrl-A x stops the machine, Ctrl-A p presses its power button\r");
@@ -40,13 +40,13 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
         None => None,
     };
     let handle = vm.start()?;
-    on_signals(signals, handle.clone())?;
     let metrics = metrics
         .map(|file| file.follow(handle.clone()))
         .transpose()?;
     if let Some(keyboard) = keyboard {
         on_keys(keyboard, handle.clone())?;
     }
+    signals.supervise(&handle, &events)?;
     let exit = handle.wait()?;
     let written = metrics.map_or(Ok(()), Follower::finish);
     drop(raw_mode);
@@ -63,27 +63,6 @@ fn interactive_console() -> Result<(Console, io::PipeWriter), Error> {
     let input = ConsoleInput::fd(reader.into());
     let output = ConsoleOutput::stdout().context("use the standard output")?;
     Ok((Console::new(input, output), writer))
-}
-
-/// The first signal presses the power button, the second stops the machine.
-fn on_signals(mut signals: Signals, handle: VmHandle) -> Result<(), Error> {
-    thread::Builder::new()
-        .name("kiln-signals".to_owned())
-        .spawn(move || {
-            let mut pressed = false;
-            for signal in signals.forever() {
-                if pressed {
-                    handle.stop();
-                    return;
-                }
-                pressed = true;
-                let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
-                eprintln!("kiln: {name}: pressing the power button; once more stops the machine\r");
-                handle.power_button();
-            }
-        })
-        .context("start a thread for signals")?;
-    Ok(())
 }
 
 fn on_keys(keyboard: io::PipeWriter, handle: VmHandle) -> Result<(), Error> {
