@@ -97,6 +97,49 @@ pub(crate) fn write_packet(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io:
     }
 }
 
+/// Reads what a stream has from `fd` into `slices`, with one call; gives its bytes, of which there
+/// are none at the end of the stream.
+///
+/// # Errors
+///
+/// What the system says; `WouldBlock` where there is nothing now, `InvalidInput` where there is no
+/// room.
+pub(crate) fn read_some(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let pieces = Pieces::behind(slices, 0).ok_or(io::ErrorKind::InvalidInput)?;
+    loop {
+        // SAFETY: as in `read_exact_at`.
+        let result = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), pieces.count()) };
+        if let Some(count) = transferred(result)? {
+            mark_written(slices, 0, count);
+            return Ok(count);
+        }
+    }
+}
+
+/// Sends as much of `slices` as the stream socket `fd` takes now, with one call and never with a
+/// signal; gives the bytes.
+///
+/// # Errors
+///
+/// What the system says; `WouldBlock` where it takes nothing now.
+pub(crate) fn send_some(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
+    let Some(mut pieces) = Pieces::behind(slices, 0) else {
+        return Ok(0);
+    };
+    // SAFETY: zeros are a valid `msghdr`: a message without address, data and control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.0.as_mut_ptr();
+    message.msg_iovlen = pieces.0.len();
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+    loop {
+        // SAFETY: as in `write_all_at`; `message` points to `pieces`, which live until the end.
+        let result = unsafe { libc::sendmsg(fd.as_raw_fd(), &message, flags) };
+        if let Some(count) = transferred(result)? {
+            return Ok(count);
+        }
+    }
+}
+
 /// A packet goes with one call.
 fn packet_pieces(slices: &[GuestSlice<'_>]) -> io::Result<Pieces> {
     let pieces = if slices.len() > MAX_PIECES {

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`block`] | [`Block`](block::Block), and raw files as disks |
 //! | [`net`] | [`Net`](net::Net), and taps as its cable |
+//! | [`vsock`] | [`Vsock`](vsock::Vsock): streams between programs of the guest and of the host |
 //! | `latency` | [`LatencyHistogram`]: how long something took, counted without a lock |
 //! | `iovec` | vectored I/O between file descriptors and guest RAM |
 
@@ -14,5 +15,6 @@ mod hostile;
 mod iovec;
 mod latency;
 pub mod net;
+pub mod vsock;
 
 pub use latency::{LatencyHistogram, LatencySnapshot};
