@@ -21,7 +21,7 @@ impl Signals {
         let watch = || {
             let (reader, writer) = UnixStream::pair()?;
             let signals = [SIGTERM, SIGINT, SIGHUP];
-            SignalDelivery::with_pipe(reader, writer, SignalOnly::default(), signals)
+            SignalDelivery::with_pipe(reader, writer, SignalOnly, signals)
         };
         Ok(Self(watch().context("watch for signals")?))
     }
