@@ -12,6 +12,7 @@
 //! | [`legacy`] | what a PC has: [serial port](legacy::serial), [i8042](legacy::I8042), [CMOS RTC](legacy::Rtc), [I/O APIC](legacy::IoApic) |
 //! | [`acpi`] | what ACPI describes: [power management and power button](acpi::PowerManagement), [pvpanic](acpi::PvPanic) |
 //! | [`virtio`] | virtio devices |
+//! | [`rate_limit`] | limits on how much may be done in a time |
 //!
 //! # Example
 //!
@@ -45,6 +46,7 @@
 
 pub mod acpi;
 pub mod legacy;
+pub mod rate_limit;
 pub mod virtio;
 
 #[cfg(test)]
