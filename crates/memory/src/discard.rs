@@ -19,6 +19,8 @@ const PAGES_AT_ONCE: usize = 16384;
 /// - Only whole pages are given back; a part of a page at either end of the range stays as it is.
 /// - What is not RAM is left out: any range may be given.
 /// - Memory behind a memfd is given back for all processes that have the file.
+/// - Where a file is mapped into the memory ([`map_file`](crate::map_file)), its contents are there
+///   again afterwards, instead of zeros.
 /// - Pages of a reserved pool ([`HugePages::Size2M`](crate::HugePages::Size2M) and larger) stay,
 ///   and are not counted: they were reserved so that the guest can never be without them, and the
 ///   pool does not promise to give a page a second time.
@@ -121,7 +123,8 @@ fn range(
 }
 
 /// How much of the guest's RAM the host holds in memory: what was touched, and neither given back
-/// nor swapped out. It costs a system call for each 64 MiB.
+/// nor swapped out. Where a file is mapped into it, the host's pages of the file count, whoever
+/// touched them. It costs a system call for each 64 MiB.
 ///
 /// # Errors
 ///

@@ -203,3 +203,17 @@ fn pages_of_a_reserved_pool_stay() {
     assert_eq!(discard(&memory, GuestAddress(0), 4 * MIB).unwrap(), 0);
     assert_eq!(byte(&memory, 0), 0xa5);
 }
+
+#[test]
+fn a_file_that_is_mapped_into_memory_is_there_again() {
+    use std::io::Write;
+
+    let memory = full(&MemoryOptions::default());
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[7; 0x1000]).unwrap();
+    assert!(crate::map_file(&memory, GuestAddress(0x1000), &file, 0, 0x1000).unwrap());
+    memory.write_slice(&[8; 0x3000], GuestAddress(0)).unwrap();
+    assert_eq!(discard(&memory, GuestAddress(0), 0x3000).unwrap(), 0x3000);
+    let found = [0, 0x1000, 0x2000].map(|address| byte(&memory, address));
+    assert_eq!(found, [0, 7, 0]);
+}

@@ -200,6 +200,11 @@ impl VirtioDevice for Balloon {
         self.shared.disconnect();
         self.worker.deactivate()
     }
+
+    /// A driver that begins anew knows of no page in the balloon.
+    fn reset(&mut self) {
+        self.shared.set_actual(0);
+    }
 }
 
 impl fmt::Debug for Balloon {

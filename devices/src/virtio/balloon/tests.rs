@@ -406,6 +406,17 @@ fn what_is_in_the_balloon_is_what_the_driver_says() {
 }
 
 #[test]
+fn the_balloon_is_empty_after_a_reset_and_not_after_a_pause() {
+    let (mut driver, control) = driver(0);
+    write_config(&driver, 4, &9_u32.to_le_bytes());
+    driver.transport.pause();
+    driver.transport.resume();
+    assert_eq!(control.actual().as_bytes(), 9 * PAGE);
+    driver.start(0, 64);
+    assert_eq!(control.actual().as_bytes(), 0);
+}
+
+#[test]
 fn a_target_is_whole_pages_of_what_the_guest_has() {
     let control = balloon(BalloonOptions::default()).control();
     control.set_target(RAM).unwrap();
