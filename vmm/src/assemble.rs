@@ -20,7 +20,7 @@ use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::metrics::{CountedDevices, MetricsSource, Work};
 use crate::vcpu::Vcpus;
-use crate::{BuildError, Disk, Host, Net, Transport, Vm, VmBuilder, names, pci};
+use crate::{BuildError, Disk, Host, Net, Transport, Vm, VmBuilder, Vsock, names, pci};
 
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
 const MIN_MEMORY: MemorySize = MemorySize::mib(2);
@@ -199,7 +199,12 @@ impl<'a> Wiring<'a> {
                 .add_mmio(&at.name, at.base, at.size, at.device)?;
         }
         let default = builder.transport;
-        let members = members(builder.disks, builder.nets, builder.virtio_devices)?;
+        let members = members(
+            builder.disks,
+            builder.nets,
+            builder.vsock,
+            builder.virtio_devices,
+        )?;
         let is_on_pci = |member: &Member| member.transport == Some(Transport::Pci);
         let has_pci = default == Transport::Pci || members.iter().any(is_on_pci);
         if has_pci {
@@ -365,6 +370,7 @@ struct Member {
 fn members(
     disks: Vec<Disk>,
     nets: Vec<Net>,
+    vsock: Option<Vsock>,
     others: Vec<(String, Box<dyn VirtioDevice>, Option<Transport>)>,
 ) -> Result<Vec<Member>, BuildError> {
     let mut members = Vec::new();
@@ -385,6 +391,16 @@ fn members(
             name: format!("net {index}"),
             transport,
             work: Work::Net(device.counters()),
+            device: Box::new(device),
+        });
+    }
+    if let Some(vsock) = vsock {
+        let transport = vsock.transport;
+        let device = vsock.into_device()?;
+        members.push(Member {
+            name: "vsock".to_owned(),
+            transport,
+            work: Work::Vsock(device.counters()),
             device: Box::new(device),
         });
     }

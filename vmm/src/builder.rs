@@ -11,7 +11,7 @@ use kiln_memory::{MemoryOptions, MemorySize};
 use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
-use crate::{BuildError, Disk, Host, Net, Transport, Vm, assemble};
+use crate::{BuildError, Disk, Host, Net, Transport, Vm, Vsock, assemble};
 
 /// A device of the embedder's own on a bus.
 pub(crate) struct BusDeviceAt<A> {
@@ -37,6 +37,7 @@ pub struct VmBuilder {
     pub(crate) cmdline: String,
     pub(crate) disks: Vec<Disk>,
     pub(crate) nets: Vec<Net>,
+    pub(crate) vsock: Option<Vsock>,
     pub(crate) console: Console,
     pub(crate) transport: Transport,
     pub(crate) virtio_devices: Vec<(String, Box<dyn VirtioDevice>, Option<Transport>)>,
@@ -58,6 +59,7 @@ impl Default for VmBuilder {
             cmdline: "console=ttyS0".to_owned(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             console: Console::null(),
             transport: Transport::default(),
             virtio_devices: Vec::new(),
@@ -133,6 +135,12 @@ impl VmBuilder {
     /// Adds a network interface.
     pub fn net(mut self, net: Net) -> Self {
         self.nets.push(net);
+        self
+    }
+
+    /// Gives the machine a socket device, in place of one given before.
+    pub fn vsock(mut self, vsock: Vsock) -> Self {
+        self.vsock = Some(vsock);
         self
     }
 
@@ -238,6 +246,7 @@ impl fmt::Debug for VmBuilder {
             .field("cmdline", &self.cmdline)
             .field("disks", &self.disks.len())
             .field("nets", &self.nets.len())
+            .field("vsock", &self.vsock)
             .finish_non_exhaustive()
     }
 }

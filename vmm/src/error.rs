@@ -69,6 +69,9 @@ pub enum BuildError {
     /// A network interface cannot be as it was described.
     #[error(transparent)]
     Net(#[from] kiln_devices::virtio::net::NetError),
+    /// A socket device cannot be as it was described.
+    #[error(transparent)]
+    Vsock(#[from] kiln_devices::virtio::vsock::VsockError),
     /// A device has no place.
     #[error(transparent)]
     Device(#[from] kiln_device_manager::Error),

@@ -21,7 +21,7 @@
 //! | [`metrics`] | [`Metrics`]: what a machine has done, as plain values |
 //! | `names` | a machine's name, and what is made of it: its `tracing` span, its threads' names |
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
-//! | `disk`, `net` | [`Disk`], [`Net`] |
+//! | `disk`, `net`, `vsock` | [`Disk`], [`Net`], [`Vsock`] |
 //! | `transport` | [`Transport`]: how the guest reaches its virtio devices |
 //! | `pci` | the PCI bus: what is on it, where it is, and what follows its BARs |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
@@ -100,6 +100,7 @@ mod pci;
 mod transport;
 mod vcpu;
 mod vfio;
+mod vsock;
 
 pub use builder::VmBuilder;
 pub use capabilities::Capabilities;
@@ -122,6 +123,7 @@ pub use metrics::Metrics;
 pub use net::Net;
 pub use transport::{Transport, UnknownTransport};
 pub use vfio::VfioDevice;
+pub use vsock::Vsock;
 
 /// What a virtio device of your own is made of, for [`VmBuilder::virtio_device`].
 pub mod virtio {

@@ -74,6 +74,13 @@ pub(crate) struct Run {
     #[arg(long, value_name = "tap=NAME[,mac=MAC][,transport=pci|mmio]")]
     pub(crate) net: Vec<NetArg>,
 
+    /// A socket device (virtio-vsock) for streams between programs of the guest and of the host: a
+    /// context id from 3 on, and the path of a Unix socket that is made with the machine. A program
+    /// of the host connects there and sends `CONNECT PORT` on a line; the guest's connections to
+    /// CID 2 go to `SOCKET_PORT`. A comma in the path is written twice
+    #[arg(long, value_name = "cid=CID,socket=PATH[,transport=pci|mmio]")]
+    pub(crate) vsock: Option<VsockArg>,
+
     /// Where the guest's serial port (ttyS0) leads [default: stdio]
     #[arg(long, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: Option<SerialArg>,
@@ -240,6 +247,46 @@ impl std::str::FromStr for NetArg {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VsockArg {
+    pub(crate) cid: u32,
+    pub(crate) socket: PathBuf,
+    pub(crate) transport: Option<Transport>,
+}
+
+impl std::str::FromStr for VsockArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut cid = None;
+        let mut socket = None;
+        let mut chosen = None;
+        let mut rest = text.to_owned();
+        while !rest.is_empty() {
+            let (option, others) = split_path(&rest);
+            match option.split_once('=') {
+                Some(("cid", number)) => {
+                    cid = Some(number.parse().map_err(|e| format!("`{number}`: {e}"))?);
+                }
+                Some(("socket", path)) if !path.is_empty() => socket = Some(path.into()),
+                Some(("transport", name)) => chosen = Some(transport(name)?),
+                _ => {
+                    return Err(format!(
+                        "unknown vsock option `{option}`: there are `cid=CID`, `socket=PATH` and \
+                         `transport=pci|mmio`"
+                    ));
+                }
+            }
+            rest = others.join(",");
+        }
+        Ok(Self {
+            cid: cid.ok_or("the guest's context id is missing: say `cid=CID`")?,
+            socket: socket.ok_or("the path of the socket is missing: say `socket=PATH`")?,
+            transport: chosen,
+        })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum SerialArg {
     Stdio,
     Null,
@@ -362,6 +409,26 @@ mod tests {
             "tap=x,transport=isa".parse::<NetArg>(),
             Err(expected.into())
         );
+    }
+
+    #[test]
+    fn a_socket_device_needs_a_context_id_and_a_socket() {
+        let vsock: VsockArg = "cid=3,socket=/run/a,,b,transport=mmio".parse().unwrap();
+        assert_eq!((vsock.cid, vsock.socket), (3, "/run/a,b".into()));
+        assert_eq!(vsock.transport, Some(Transport::Mmio));
+        let vsock: VsockArg = "socket=s,cid=4294967294".parse().unwrap();
+        assert_eq!((vsock.cid, vsock.transport), (u32::MAX - 1, None));
+        for (text, word) in [
+            ("cid=3", "socket=PATH"),
+            ("socket=s", "cid=CID"),
+            ("cid=3,socket=", "`socket=`"),
+            ("cid=x,socket=s", "`x`"),
+            ("cid=3,socket=s,port=4", "`port=4`"),
+            ("", "cid=CID"),
+        ] {
+            let error = text.parse::<VsockArg>().unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! From arguments, and the file that they may name, to the description of a machine.
 
 use anyhow::{Error, bail};
-use kiln_vmm::config::{BootProtocolConfig, DiskConfig, NetConfig, SerialConfig, VmConfig};
+use kiln_vmm::config::{
+    BootProtocolConfig, DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig,
+};
 
-use crate::args::{DiskArg, NetArg, Protocol, Run, SerialArg};
+use crate::args::{DiskArg, NetArg, Protocol, Run, SerialArg, VsockArg};
 
 /// What the file says, or the defaults where there is none, with the arguments put over it.
 pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
@@ -30,6 +32,9 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
     }
     if !args.net.is_empty() {
         config.nets = args.net.into_iter().map(NetConfig::from).collect();
+    }
+    if let Some(vsock) = args.vsock {
+        config.vsock = Some(vsock.into());
     }
     config.serial = args
         .serial
@@ -72,6 +77,16 @@ impl From<NetArg> for NetConfig {
             tap: net.tap,
             mac: net.mac,
             transport: net.transport,
+        }
+    }
+}
+
+impl From<VsockArg> for VsockConfig {
+    fn from(vsock: VsockArg) -> Self {
+        Self {
+            cid: vsock.cid,
+            socket: vsock.socket,
+            transport: vsock.transport,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! From a description to a builder.
 
-use super::{DiskConfig, NetConfig, SerialConfig, VmConfig};
-use crate::{BuildError, Console, Disk, Kernel, Net, VmBuilder};
+use super::{DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
+use crate::{BuildError, Console, Disk, Kernel, Net, VmBuilder, Vsock};
 
 impl VmConfig {
     /// Opens what the description names, and gives a builder of that machine, to which devices of
@@ -36,6 +36,9 @@ impl VmConfig {
         }
         for net in self.nets {
             builder = builder.net(net.open()?);
+        }
+        if let Some(vsock) = self.vsock {
+            builder = builder.vsock(vsock.into());
         }
         // Last, because a file that was there is emptied.
         if let Some(serial) = self.serial {
@@ -74,6 +77,16 @@ impl NetConfig {
             Some(transport) => net.transport(transport),
             None => net,
         })
+    }
+}
+
+impl From<VsockConfig> for Vsock {
+    fn from(config: VsockConfig) -> Self {
+        let vsock = Self::new(config.cid, config.socket);
+        match config.transport {
+            Some(transport) => vsock.transport(transport),
+            None => vsock,
+        }
     }
 }
 

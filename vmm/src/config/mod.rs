@@ -112,6 +112,12 @@ pub struct VmConfig {
         skip_serializing_if = "Vec::is_empty"
     )]
     pub nets: Vec<NetConfig>,
+    /// The socket device (virtio-vsock): streams between programs of the guest and of the host.
+    #[serde(
+        deserialize_with = "table::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub vsock: Option<VsockConfig>,
 }
 
 impl Default for VmConfig {
@@ -129,6 +135,7 @@ impl Default for VmConfig {
             memory_options: MemoryOptions::default(),
             disks: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
         }
     }
 }
@@ -140,8 +147,9 @@ impl VmConfig {
     pub fn relative_to(mut self, folder: &Path) -> Self {
         let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
         let serial = self.serial.as_mut().and_then(SerialConfig::path_mut);
+        let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
         let paths = self.kernel.iter_mut().chain(&mut self.initrd);
-        for path in paths.chain(disks).chain(serial) {
+        for path in paths.chain(disks).chain(serial).chain(vsock) {
             if !path.as_os_str().is_empty() {
                 *path = folder.join(&*path);
             }
@@ -206,6 +214,23 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(schema_with = "schema::mac_address"))]
     pub mac: Option<MacAddress>,
+    /// How the guest reaches it. Not given, it is as for the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport: Option<Transport>,
+}
+
+/// A socket device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, from 3 to 4294967294.
+    #[cfg_attr(test, schemars(range(min = 3, max = 4_294_967_294_u32)))]
+    pub cid: u32,
+    /// The path of the Unix socket that programs of the host connect to, and which is made with
+    /// the machine. The guest's connections to a port go to the same path with `_` and the port
+    /// behind it.
+    pub socket: PathBuf,
     /// How the guest reaches it. Not given, it is as for the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,

@@ -7,7 +7,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, js
 use serde_json::Value;
 
 use super::error::explain;
-use super::{DiskConfig, NetConfig, SerialConfig, VmConfig};
+use super::{DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
 use crate::{MemoryOptions, MemorySize, Transport};
 
 /// Set to write the schema instead of comparing it.
@@ -146,6 +146,10 @@ fn the_schema_has_every_key_that_is_written() {
             mac: Some("06:00:00:00:00:01".parse().unwrap()),
             transport: Some(Transport::Mmio),
         }],
+        vsock: Some(VsockConfig {
+            transport: Some(Transport::Mmio),
+            ..VsockConfig::default()
+        }),
         ..VmConfig::default()
     };
     let (schema, value) = (generate(), serde_json::to_value(full).unwrap());
@@ -156,5 +160,9 @@ fn the_schema_has_every_key_that_is_written() {
         assert_eq!(keys, names(&value[list][0]));
         assert_eq!(definitions[definition]["additionalProperties"], false);
     }
+    assert_eq!(
+        names(&definitions["VsockConfig"]["properties"]),
+        names(&value["vsock"])
+    );
     assert_eq!(schema["additionalProperties"], false);
 }

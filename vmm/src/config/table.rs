@@ -25,6 +25,16 @@ where
     Table::deserialize(deserializer).map(|table| table.0)
 }
 
+/// For a field that is a struct, or not there.
+pub(crate) fn optional<'de, T, D>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    let table = Option::<Table<T>>::deserialize(deserializer)?;
+    Ok(table.map(|table| table.0))
+}
+
 /// For a field that is a list of structs.
 pub(crate) fn list<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
 where

@@ -42,6 +42,11 @@ fn full() -> VmConfig {
             mac: Some("06:00:00:00:00:01".parse().unwrap()),
             transport: Some(Transport::Mmio),
         }],
+        vsock: Some(VsockConfig {
+            cid: 42,
+            socket: "guest.vsock".into(),
+            transport: Some(Transport::Mmio),
+        }),
     }
 }
 
@@ -89,6 +94,8 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.memory_options, full().memory_options);
     assert_eq!(builder.initrd, Some(folder.path().join("initrd.img")));
     assert_eq!(builder.cmdline, full().cmdline);
+    let vsock = crate::Vsock::new(42, folder.path().join("guest.vsock"));
+    assert_eq!(builder.vsock, Some(vsock.transport(Transport::Mmio)));
     let transports: Vec<_> = builder.disks.iter().map(|disk| disk.transport).collect();
     assert_eq!(transports, [Some(Transport::Pci), None]);
     let disks: Vec<String> = builder.disks.iter().map(|d| format!("{d:?}")).collect();
@@ -167,6 +174,8 @@ fn a_wrong_value_is_refused_by_its_key() {
         &["line 3", "nets[0].mac", "06:00", "06:00:00:00:00:01"],
     );
     refused("vcpus = 1\nvcpus = 2", &["line 2"]);
+    refused("vsock = [3, \"s\"]", &["`vsock`", "a table"]);
+    refused("vsock = { cid = 3 }", &["`vsock", "`socket` is missing"]);
     refused("disks = [[\"a.img\", true]]", &["`disks[0]`", "a table"]);
     refused("memory_options = []", &["`memory_options`", "a table"]);
     let json = "{\"disks\": [\n{\"path\": 7}]}";

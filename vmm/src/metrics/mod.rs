@@ -63,7 +63,7 @@ pub struct Metrics {
     pub vcpus: Vec<VcpuMetrics>,
     /// The serial port.
     pub serial: SerialMetrics,
-    /// The virtio devices: disks, networks, and the embedder's own.
+    /// The virtio devices: disks, networks, the socket device, and the embedder's own.
     pub devices: Vec<DeviceMetrics>,
 }
 
@@ -106,6 +106,9 @@ pub struct DeviceMetrics {
     /// What it did as a network interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<NetMetrics>,
+    /// What it did as a socket device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockMetrics>,
 }
 
 /// One queue of a virtio device.
@@ -165,6 +168,34 @@ pub struct NetMetrics {
     /// The bytes of these.
     pub tx_bytes: u64,
     /// Packets that the network did not take.
+    pub tx_dropped: u64,
+}
+
+/// A socket device. What it received is what the guest received.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct VsockMetrics {
+    /// Connections there are now, in whatever state.
+    pub open: u64,
+    /// Connections that the host asked for and the guest accepted.
+    pub from_host: u64,
+    /// Connections that the guest asked for and a program of the host took.
+    pub from_guest: u64,
+    /// Clients and requests of the guest that got no connection.
+    pub refused: u64,
+    /// Resets sent to the driver, the answers to its own ends of connections among them.
+    pub resets: u64,
+    /// Packets given to the driver.
+    pub rx_packets: u64,
+    /// The bytes of data in these.
+    pub rx_bytes: u64,
+    /// Buffers of the driver that were too short for a packet.
+    pub rx_errors: u64,
+    /// Packets that the driver sent.
+    pub tx_packets: u64,
+    /// The bytes of data in these that were passed on.
+    pub tx_bytes: u64,
+    /// What the driver sent that was no packet of this guest.
     pub tx_dropped: u64,
 }
 

@@ -3,7 +3,9 @@
 
 use std::fmt::Write;
 
-use super::{BlockMetrics, DeviceMetrics, LatencyMetrics, Metrics, NetMetrics, QueueMetrics};
+use super::{
+    BlockMetrics, DeviceMetrics, LatencyMetrics, Metrics, NetMetrics, QueueMetrics, VsockMetrics,
+};
 use crate::VmState;
 
 const COUNTER: &str = "counter";
@@ -26,6 +28,7 @@ pub(super) fn text(machines: &[Metrics]) -> String {
     device_families(&mut text);
     block_families(&mut text);
     net_families(&mut text);
+    vsock_families(&mut text);
     serial_families(&mut text);
     text.out
 }
@@ -177,6 +180,55 @@ fn net_families(text: &mut Text<'_>) {
     let help = "Errors of a network, and useless buffers of its driver.";
     text.devices("kiln_net_errors_total", help, |device| {
         device.net.as_ref().map(|net| net.rx_errors)
+    });
+}
+
+fn vsock_families(text: &mut Text<'_>) {
+    let vsocks = |vm: &Metrics, each: &mut dyn FnMut(&str, &VsockMetrics)| {
+        for device in &vm.devices {
+            if let Some(vsock) = &device.vsock {
+                each(&device.name, vsock);
+            }
+        }
+    };
+    let help = "Connections of a socket device, in whatever state.";
+    text.family("kiln_vsock_open", GAUGE, help, |vm, samples| {
+        vsocks(vm, &mut |device, of| {
+            samples.add(&[("device", device)], of.open);
+        });
+    });
+    let mut pairs = |name, help, label, values: fn(&VsockMetrics) -> [(&'static str, u64); 2]| {
+        text.family(name, COUNTER, help, |vm, samples| {
+            vsocks(vm, &mut |device, of| {
+                for (kind, value) in values(of) {
+                    samples.add(&[("device", device), (label, kind)], value);
+                }
+            });
+        });
+    };
+    let help = "Connections that were made, by who asked for them.";
+    pairs("kiln_vsock_connections_total", help, "from", |of| {
+        [("host", of.from_host), ("guest", of.from_guest)]
+    });
+    let help = "Packets that the guest received (rx) and sent (tx).";
+    pairs("kiln_vsock_packets_total", help, "direction", |of| {
+        [("rx", of.rx_packets), ("tx", of.tx_packets)]
+    });
+    let help = "Bytes of data that the guest received and sent.";
+    pairs("kiln_vsock_bytes_total", help, "direction", |of| {
+        [("rx", of.rx_bytes), ("tx", of.tx_bytes)]
+    });
+    let help = "Useless buffers of the driver, and packets of it that are none.";
+    pairs("kiln_vsock_errors_total", help, "direction", |of| {
+        [("rx", of.rx_errors), ("tx", of.tx_dropped)]
+    });
+    let help = "Connections that somebody asked for and did not get.";
+    text.devices("kiln_vsock_refused_total", help, |device| {
+        device.vsock.as_ref().map(|vsock| vsock.refused)
+    });
+    let help = "Resets of connections that were sent to the driver.";
+    text.devices("kiln_vsock_resets_total", help, |device| {
+        device.vsock.as_ref().map(|vsock| vsock.resets)
     });
 }
 

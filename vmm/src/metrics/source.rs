@@ -8,11 +8,12 @@ use kiln_devices::legacy::serial::SerialCounters;
 use kiln_devices::virtio::LatencyHistogram;
 use kiln_devices::virtio::block::BlockCounters;
 use kiln_devices::virtio::net::NetCounters;
+use kiln_devices::virtio::vsock::VsockCounters;
 use kiln_virtio_device::{DeviceCounters, QueueCounters};
 
 use super::{
     BlockMetrics, DeviceMetrics, LatencyBucket, LatencyMetrics, Metrics, NetMetrics, QueueMetrics,
-    SerialMetrics, VcpuMetrics,
+    SerialMetrics, VcpuMetrics, VsockMetrics,
 };
 use crate::{ExitCounts, VmState};
 
@@ -20,6 +21,7 @@ use crate::{ExitCounts, VmState};
 pub(crate) enum Work {
     Block(Arc<BlockCounters>),
     Net(Arc<NetCounters>),
+    Vsock(Arc<VsockCounters>),
     /// Nothing.
     Other,
 }
@@ -119,19 +121,22 @@ fn serial(from: &SerialCounters) -> SerialMetrics {
 
 fn device(from: &Device) -> DeviceMetrics {
     let counters = &from.counters;
-    let (block, net) = match &from.work {
-        Work::Block(counters) => (Some(block(counters)), None),
-        Work::Net(counters) => (None, Some(net(counters))),
-        Work::Other => (None, None),
-    };
-    DeviceMetrics {
+    let mut metrics = DeviceMetrics {
         name: from.name.clone(),
         queues: counters.queues.iter().map(|one| queue(one)).collect(),
         config_interrupts: get(&counters.config_interrupts),
         needs_reset: get(&counters.needs_reset),
-        block,
-        net,
+        block: None,
+        net: None,
+        vsock: None,
+    };
+    match &from.work {
+        Work::Block(counters) => metrics.block = Some(block(counters)),
+        Work::Net(counters) => metrics.net = Some(net(counters)),
+        Work::Vsock(counters) => metrics.vsock = Some(vsock(counters)),
+        Work::Other => {}
     }
+    metrics
 }
 
 fn queue(from: &QueueCounters) -> QueueMetrics {
@@ -163,6 +168,22 @@ fn net(from: &NetCounters) -> NetMetrics {
         rx_packets: get(&from.rx_packets),
         rx_bytes: get(&from.rx_bytes),
         rx_dropped: get(&from.rx_dropped),
+        rx_errors: get(&from.rx_errors),
+        tx_packets: get(&from.tx_packets),
+        tx_bytes: get(&from.tx_bytes),
+        tx_dropped: get(&from.tx_dropped),
+    }
+}
+
+fn vsock(from: &VsockCounters) -> VsockMetrics {
+    VsockMetrics {
+        open: get(&from.open),
+        from_host: get(&from.from_host),
+        from_guest: get(&from.from_guest),
+        refused: get(&from.refused),
+        resets: get(&from.resets),
+        rx_packets: get(&from.rx_packets),
+        rx_bytes: get(&from.rx_bytes),
         rx_errors: get(&from.rx_errors),
         tx_packets: get(&from.tx_packets),
         tx_bytes: get(&from.tx_bytes),

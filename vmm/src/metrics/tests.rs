@@ -8,11 +8,12 @@ use std::time::Duration;
 use kiln_devices::legacy::serial::SerialCounters;
 use kiln_devices::virtio::block::BlockCounters;
 use kiln_devices::virtio::net::NetCounters;
+use kiln_devices::virtio::vsock::VsockCounters;
 use kiln_virtio_device::DeviceCounters;
 
 use super::*;
 
-/// A machine with a disk, a network and a device of somebody's own.
+/// A machine with a disk, a network, a socket device and two of somebody's own.
 fn metrics(name: Option<&str>) -> Metrics {
     let set = |counter: &std::sync::atomic::AtomicU64, value| {
         counter.store(value, Ordering::Relaxed);
@@ -33,9 +34,13 @@ fn metrics(name: Option<&str>) -> Metrics {
     let net = NetCounters::default();
     set(&net.rx_packets, 5);
     set(&net.tx_bytes, 60);
+    let vsock = VsockCounters::default();
+    set(&vsock.open, 8);
+    set(&vsock.from_host, 9);
     let mut devices = CountedDevices::default();
     devices.add("disk 0", Arc::new(disk), Work::Block(Arc::new(block)));
     devices.add("net 0", Arc::default(), Work::Net(Arc::new(net)));
+    devices.add("vsock", Arc::default(), Work::Vsock(Arc::new(vsock)));
     devices.add("mine", Arc::default(), Work::Other);
     devices.add("mine", Arc::default(), Work::Other);
     let source = MetricsSource::new(name.map(str::to_owned), Arc::new(serial), devices);
@@ -66,7 +71,7 @@ fn metrics_in_json_read_back() {
 #[test]
 fn two_devices_of_one_name_are_told_apart() {
     let names: Vec<_> = metrics(None).devices.into_iter().map(|d| d.name).collect();
-    assert_eq!(names, ["disk 0", "net 0", "mine", "mine (2)"]);
+    assert_eq!(names, ["disk 0", "net 0", "vsock", "mine", "mine (2)"]);
 }
 
 #[test]
@@ -94,6 +99,8 @@ kiln_vcpu_exits_total{vm=\"a\",vcpu=\"0\",kind=\"pio_in\"} 0
         "kiln_block_errors_total{vm=\"a\",device=\"disk 0\"} 1",
         "kiln_net_packets_total{vm=\"a\",device=\"net 0\",direction=\"rx\"} 5",
         "kiln_net_bytes_total{vm=\"a\",device=\"net 0\",direction=\"tx\"} 60",
+        "kiln_vsock_open{vm=\"a\",device=\"vsock\"} 8",
+        "kiln_vsock_connections_total{vm=\"a\",device=\"vsock\",from=\"host\"} 9",
         "kiln_serial_bytes_total{vm=\"a\",direction=\"input\"} 3",
     ] {
         assert!(text.lines().any(|found| found == line), "{line}\n{text}");
