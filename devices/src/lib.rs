@@ -31,7 +31,8 @@
 //! let interrupt: Arc<dyn InterruptLine> = Arc::new(EventFd::new(0)?);
 //! let (output, captured) = ConsoleOutput::capture(1024);
 //! let console = Console::new(ConsoleInput::null(), output);
-//! let serial = Serial::new(console, interrupt, io.handle())?;
+//! let serial = Serial::new(console, interrupt)?;
+//! serial.connect(io.handle())?;
 //!
 //! let mut line_status = [0xff];
 //! serial.read(5, &mut line_status);

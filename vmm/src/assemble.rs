@@ -53,6 +53,10 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
         kernel = kernel.read();
     }
     let initrd = builder.initrd.as_ref().map(Initrd::open).transpose()?;
+    let failure = Arc::new(DeviceFailure::default());
+    let reported = Arc::clone(&failure);
+    let io_name = names::thread(name.as_deref(), "io", 0);
+    let io = IoThread::spawn(&io_name, move |panic| reported.report(panic.to_string()))?;
     let host = match &builder.host {
         Some(host) => Arc::clone(host),
         None => Arc::new(Host::open()?),
@@ -63,17 +67,14 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let regions = layout::ram_regions(builder.memory.as_bytes());
     let memory = Arc::new(kiln_memory::allocate(&regions, &builder.memory_options)?);
     let vm = Arc::new(KvmVm::new(&host, Arc::clone(&memory))?);
-    let failure = Arc::new(DeviceFailure::default());
-    let reported = Arc::clone(&failure);
-    let io_name = names::thread(name.as_deref(), "io", 0);
-    let io = IoThread::spawn(&io_name, move |panic| reported.report(panic.to_string()))?;
-
     let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
     let mut wiring = Wiring::new(&host, &vm, &io, &topology)?;
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
     let thread_name = names::thread(name.as_deref(), "vcpu", 3);
     let vcpus = Vcpus::create(&host, &vm, &topology, entry, kick_signal, thread_name)?;
+    // The thread was started first and is waited for last: it takes its time.
+    serial.connect(io.handle())?;
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports) = (wiring.devices, wiring.transports);
     Ok(Vm {
@@ -228,7 +229,7 @@ impl<'a> Wiring<'a> {
         self.devices
             .reserve_gsi("serial port", layout::SERIAL_GSI)?;
         let line = self.vm.interrupt_line(layout::SERIAL_GSI)?;
-        let port = Arc::new(Serial::new(console, line, self.io.handle())?);
+        let port = Arc::new(Serial::new(console, line)?);
         self.devices.add_pio(
             "serial port",
             layout::SERIAL_PORT,

@@ -5,9 +5,9 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle, ThreadId};
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
@@ -82,20 +82,17 @@ pub struct IoThread {
 }
 
 impl IoThread {
-    /// Starts a thread of this name (at most 15 bytes are shown by the system). `on_panic` is
+    /// Starts a thread, and does not wait for it: where it can't have epoll or an eventfd, the
+    /// first call says so. It has this name, of which the system shows 15 bytes. `on_panic` is
     /// called on it when a handler panics. The thread is in the caller's `tracing` span.
     ///
     /// # Errors
     ///
-    /// [`Error::Spawn`] where epoll, eventfd or the thread cannot be had.
+    /// [`Error::Spawn`] where the thread cannot be had.
     pub fn spawn(
         name: &str,
         on_panic: impl Fn(HandlerPanic) + Send + Sync + 'static,
     ) -> Result<Self, Error> {
-        let spawn_error = |source| Error::Spawn {
-            name: name.to_owned(),
-            source,
-        };
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let span = tracing::Span::current();
@@ -121,15 +118,17 @@ impl IoThread {
                     }
                 }
             })
-            .map_err(spawn_error)?;
-        let endpoint = match receiver.recv() {
-            Ok(Ok(endpoint)) => endpoint,
-            Ok(Err(source)) => return Err(spawn_error(source)),
-            Err(_) => return Err(Error::Ended),
-        };
+            .map_err(|source| Error::Spawn {
+                name: name.to_owned(),
+                source,
+            })?;
         Ok(Self {
             handle: IoHandle {
-                endpoint,
+                endpoint: Arc::new(Endpoint {
+                    name: name.to_owned(),
+                    known: OnceLock::new(),
+                    receiver: Mutex::new(receiver),
+                }),
                 thread: join.thread().id(),
                 on_panic: Arc::new(on_panic),
             },
@@ -147,7 +146,9 @@ impl IoThread {
 impl Drop for IoThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
-        let _ = self.handle.endpoint.kick();
+        if let Ok(endpoint) = self.handle.endpoint.get() {
+            let _ = endpoint.kick();
+        }
         // A handler that drops its own thread cannot wait for it: the loop ends after its turn.
         if let Some(join) = self.join.take()
             && join.thread().id() != std::thread::current().id()
@@ -166,9 +167,33 @@ impl fmt::Debug for IoThread {
 /// The end of an [`IoThread`] by which handlers are attached to it.
 #[derive(Clone)]
 pub struct IoHandle {
-    endpoint: RemoteEndpoint<Subscriber>,
+    endpoint: Arc<Endpoint>,
     thread: ThreadId,
     on_panic: PanicHook,
+}
+
+/// The thread's own end of its event manager, which the thread sends when it has it.
+struct Endpoint {
+    /// The thread's name, for an error.
+    name: String,
+    known: OnceLock<Result<RemoteEndpoint<Subscriber>, io::Error>>,
+    receiver: Mutex<Receiver<io::Result<RemoteEndpoint<Subscriber>>>>,
+}
+
+impl Endpoint {
+    /// Waits for it, the first time.
+    fn get(&self) -> Result<&RemoteEndpoint<Subscriber>, Error> {
+        let known = self.known.get_or_init(|| {
+            let receiver = self.receiver.lock().unwrap_or_else(PoisonError::into_inner);
+            receiver
+                .recv()
+                .unwrap_or_else(|_| Err(io::Error::other("the thread has ended")))
+        });
+        known.as_ref().map_err(|error| Error::Spawn {
+            name: self.name.clone(),
+            source: io::Error::new(error.kind(), error.to_string()),
+        })
+    }
 }
 
 impl IoHandle {
@@ -212,7 +237,7 @@ impl IoHandle {
             return Err(Error::OwnThread);
         }
         // A panic of `f` is its caller's error; the thread serves others too.
-        self.endpoint.call_blocking(move |ops| {
+        self.endpoint.get()?.call_blocking(move |ops| {
             catch_unwind(AssertUnwindSafe(|| f(ops))).unwrap_or(Err(Error::Ended))
         })
     }
@@ -316,7 +341,7 @@ mod tests {
         }
     }
 
-    fn echo(panic_at: u64) -> (Echo, EventFd, std::sync::mpsc::Receiver<u64>) {
+    fn echo(panic_at: u64) -> (Echo, EventFd, Receiver<u64>) {
         let wake = EventFd::new(0).unwrap();
         let (seen, receive) = channel();
         let handler = Echo {

@@ -20,6 +20,7 @@ mod worker;
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
+use std::mem;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -234,22 +235,29 @@ impl Shared {
 /// output that was not written by then is lost, so [`close`](Self::close) it first.
 pub struct Serial {
     shared: Arc<Shared>,
-    worker: Mutex<Option<Attached<Worker>>>,
+    worker: Mutex<Place>,
+}
+
+/// Where the half of the port is that serves the console.
+enum Place {
+    /// Not at work yet.
+    Idle(Worker),
+    /// On an I/O thread; held for its end.
+    #[expect(dead_code, reason = "dropping it takes the worker off its thread")]
+    Working(Attached<Worker>),
+    /// There is no console, or none any more.
+    None,
 }
 
 impl Serial {
-    /// A port after a reset, whose interrupt is `interrupt`, with `console` at its other end,
-    /// served on the thread of `io`.
+    /// A port after a reset, whose interrupt is `interrupt`, with `console` at its other end.
+    /// [`connect`](Self::connect) has the console served.
     ///
     /// # Errors
     ///
-    /// [`SerialError::Attach`] where the console's file descriptors cannot be waited for.
-    pub fn new(
-        console: Console,
-        interrupt: Arc<dyn InterruptLine>,
-        io: &IoHandle,
-    ) -> Result<Self, SerialError> {
-        Self::from_state(&SerialState::default(), console, interrupt, io)
+    /// [`SerialError::EventFd`] where the process can't have another file descriptor.
+    pub fn new(console: Console, interrupt: Arc<dyn InterruptLine>) -> Result<Self, SerialError> {
+        Self::from_state(&SerialState::default(), console, interrupt)
     }
 
     /// A port as it was when `state` was taken.
@@ -261,7 +269,6 @@ impl Serial {
         state: &SerialState,
         console: Console,
         interrupt: Arc<dyn InterruptLine>,
-        io: &IoHandle,
     ) -> Result<Self, SerialError> {
         let Console { input, output } = console;
         let (source, sink) = (input.0, output.0);
@@ -295,15 +302,34 @@ impl Serial {
             link,
         });
         let worker = if sink.is_none() && source.is_none() && state.input.is_empty() {
-            None
+            Place::None
         } else {
-            let worker = Worker::new(Arc::clone(&shared), source, sink);
-            Some(io.attach(worker).map_err(SerialError::Attach)?)
+            Place::Idle(Worker::new(Arc::clone(&shared), source, sink))
         };
         Ok(Self {
             shared,
             worker: Mutex::new(worker),
         })
+    }
+
+    /// Has the console served on the thread of `io`; to be called once. What the guest sends before
+    /// waits, as far as there is room.
+    ///
+    /// # Errors
+    ///
+    /// [`SerialError::Attach`] where the console's file descriptors cannot be waited for, or the
+    /// thread has ended.
+    pub fn connect(&self, io: &IoHandle) -> Result<(), SerialError> {
+        let mut place = self.place();
+        *place = match mem::replace(&mut *place, Place::None) {
+            Place::Idle(worker) => Place::Working(io.attach(worker).map_err(SerialError::Attach)?),
+            other => other,
+        };
+        Ok(())
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The state, for [`from_state`](Self::from_state).
@@ -333,12 +359,7 @@ impl Serial {
     pub fn close(&self, timeout: Duration) -> bool {
         let all = self.flush(timeout);
         self.shared.link.discard();
-        let worker = self
-            .worker
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        drop(worker);
+        *self.place() = Place::None;
         all
     }
 }

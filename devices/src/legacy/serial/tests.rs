@@ -32,7 +32,8 @@ impl Bench {
     fn restore(state: &SerialState, console: Console) -> Self {
         let io = IoThread::spawn("test", |panic| eprintln!("{panic}")).unwrap();
         let line = Arc::new(Recorder::default());
-        let serial = Serial::from_state(state, console, line.clone(), io.handle()).unwrap();
+        let serial = Serial::from_state(state, console, line.clone()).unwrap();
+        serial.connect(io.handle()).unwrap();
         Self { serial, line, io }
     }
 
@@ -140,7 +141,7 @@ impl Bench {
         let attached = self.io.handle().attach(Hold(wake, hold, released)).unwrap();
         held.recv_timeout(LONG).unwrap();
         // It stays attached: detaching would wait for what it waits for.
-        std::mem::forget(attached);
+        mem::forget(attached);
         release
     }
 }

@@ -103,7 +103,6 @@ fn the_state_survives_with_the_input_that_was_not_read() {
 
 #[test]
 fn a_state_with_too_much_input_is_refused() {
-    let io = IoThread::spawn("test", |_| ()).unwrap();
     for state in [
         SerialState {
             fifo: vec![0; FIFO_SIZE + 1],
@@ -115,7 +114,7 @@ fn a_state_with_too_much_input_is_refused() {
         },
     ] {
         let line = Arc::new(Recorder::default());
-        match Serial::from_state(&state, Console::null(), line, io.handle()) {
+        match Serial::from_state(&state, Console::null(), line) {
             Err(error @ SerialError::State { len: 65, max: 64 }) => assert_eq!(
                 error.to_string(),
                 "restore the serial port: the state holds 65 bytes of input, at most 64 fit"
