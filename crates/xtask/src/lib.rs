@@ -6,6 +6,7 @@
 //! - [`host`]: what this machine's own KVM can do, and [`place`]: running guests where they run;
 //! - [`bench`]: Kiln measured beside others;
 //! - [`boot`] and [`mod@test`]: the two commands for users; [`cargo`]: what they build with;
+//! - [`api`]: the public interfaces of the published crates, listed and compared;
 //! - [`packages`]: the Debian packages that all this takes, installed when missing;
 //! - [`process`], [`paths`], [`cpio`], [`bzimage`], [`modules`]: the small things below.
 //!
@@ -19,6 +20,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod assets;
 pub mod bench;
 pub mod boot;

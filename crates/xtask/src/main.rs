@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use kiln_xtask::{assets, bench, boot, nested, test};
+use kiln_xtask::{api, assets, bench, boot, nested, test};
 
 /// The developer commands of Kiln.
 #[derive(Debug, Parser)]
@@ -31,6 +31,8 @@ enum Action {
     BootHere(boot::Prepared),
     /// Run everything that CI runs: lints, unit tests, and tests with real Linux guests.
     Test(test::TestArgs),
+    /// Compare the public interfaces of the published crates with the listings in docs/api.
+    Api(api::ApiArgs),
     /// Measure Kiln beside a bare KVM loop and QEMU's microvm.
     Bench(bench::BenchArgs),
     /// Prepare kernels, initrds and a root disk for guests, and print their paths.
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         Action::Boot(args) => boot::run(&args),
         Action::BootHere(prepared) => boot::run_here(&prepared),
         Action::Test(args) => test::run(&args).map(|()| 0),
+        Action::Api(args) => api::run(args).map(|()| 0),
         Action::Bench(args) => bench::run(&args).map(|()| 0),
         Action::Guest { update } => guest(update),
         Action::Nested(args) => run_nested(args),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::{assets, cargo, nested, packages, place, process};
+use crate::{api, assets, cargo, nested, packages, place, process};
 
 /// How long the tests with real guests may take together.
 const LINUX_LIMIT: Duration = Duration::from_secs(40 * 60);
@@ -20,7 +20,7 @@ const LINUX_MEMORY: u32 = 5000;
 pub struct TestArgs {
     /// Run only tests whose name contains this, and no lints.
     filter: Option<String>,
-    /// Leave formatting, clippy and rustdoc out.
+    /// Leave formatting, clippy, rustdoc and the public interfaces out.
     #[arg(long)]
     skip_lint: bool,
     /// Run only this step; can be given more than once.
@@ -37,6 +37,8 @@ pub enum Step {
     Clippy,
     /// The documentation builds without warnings.
     Docs,
+    /// The public interfaces are as docs/api says.
+    Api,
     /// Unit, integration and doc tests on this machine, with its own /dev/kvm where there is one.
     Host,
     /// Integration tests with real Linux guests, in a nested machine where needed.
@@ -44,16 +46,17 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Format,
         Self::Clippy,
         Self::Docs,
+        Self::Api,
         Self::Host,
         Self::Linux,
     ];
 
     fn is_lint(self) -> bool {
-        matches!(self, Self::Format | Self::Clippy | Self::Docs)
+        !matches!(self, Self::Host | Self::Linux)
     }
 
     fn name(self) -> &'static str {
@@ -61,6 +64,7 @@ impl Step {
             Self::Format => "format",
             Self::Clippy => "clippy",
             Self::Docs => "docs",
+            Self::Api => "api",
             Self::Host => "host",
             Self::Linux => "linux",
         }
@@ -81,6 +85,7 @@ impl Step {
                 let mut command = cargo::command(&["doc", "--quiet", "--workspace", "--no-deps"]);
                 succeed(command.env("RUSTDOCFLAGS", "-Dwarnings"))
             }
+            Self::Api => api::run(api::ApiArgs::default()),
             Self::Host => {
                 let mut command = cargo::command(&["test", "--workspace", "--"]);
                 succeed(command.args(filter))
