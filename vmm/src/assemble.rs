@@ -15,12 +15,13 @@ use kiln_io_thread::IoThread;
 use kiln_memory::{GuestMemory, MemorySize};
 use kiln_virtio_device::{MmioTransport, PciTransport, VirtioDevice, VirtioTransport};
 
+use crate::events::EventSource;
 use crate::interrupts::InterruptRoutes;
 use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::metrics::{CountedDevices, MetricsSource, Work};
 use crate::vcpu::Vcpus;
-use crate::{BuildError, Disk, Host, Net, Transport, Vm, VmBuilder, Vsock, names, pci};
+use crate::{BuildError, Host, Transport, Vm, VmBuilder, VmEvent, names, pci};
 
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
 const MIN_MEMORY: MemorySize = MemorySize::mib(2);
@@ -87,7 +88,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             serial,
             io,
             failure,
-            events: Arc::default(),
+            events: wiring.events,
             vfio: None,
             vm,
         },
@@ -149,6 +150,7 @@ struct Wiring<'a> {
     vm: &'a Arc<KvmVm>,
     routes: Arc<InterruptRoutes>,
     io: &'a IoThread,
+    events: Arc<EventSource>,
 }
 
 impl<'a> Wiring<'a> {
@@ -178,14 +180,16 @@ impl<'a> Wiring<'a> {
             vm,
             routes: InterruptRoutes::new(Arc::clone(vm)),
             io,
+            events: Arc::default(),
         })
     }
 
     /// The devices of the platform, and those that the builder was given.
     fn add_devices(
         &mut self,
-        builder: VmBuilder,
+        mut builder: VmBuilder,
     ) -> Result<(Arc<Serial>, PowerButton), BuildError> {
+        let members = members(&mut builder)?;
         for (gsi, name) in LEGACY_GSIS {
             self.devices.reserve_gsi(name, gsi)?;
         }
@@ -200,12 +204,6 @@ impl<'a> Wiring<'a> {
                 .add_mmio(&at.name, at.base, at.size, at.device)?;
         }
         let default = builder.transport;
-        let members = members(
-            builder.disks,
-            builder.nets,
-            builder.vsock,
-            builder.virtio_devices,
-        )?;
         let is_on_pci = |member: &Member| member.transport == Some(Transport::Pci);
         let has_pci = default == Transport::Pci || members.iter().any(is_on_pci);
         if has_pci {
@@ -278,6 +276,13 @@ impl<'a> Wiring<'a> {
             Transport::Mmio => self.add_virtio_mmio(name, member.device)?,
         };
         self.counted.add(name, transport.counters(), member.work);
+        let (events, device) = (Arc::clone(&self.events), name.to_owned());
+        transport.on_needs_reset(Box::new(move |reason| {
+            events.send(&VmEvent::DeviceError {
+                device: device.clone(),
+                reason: reason.to_owned(),
+            });
+        }));
         self.transports.push(transport);
         Ok(())
     }
@@ -367,15 +372,22 @@ struct Member {
     work: Work,
 }
 
+impl Member {
+    /// A device of which there is one, and that counts nothing of its own.
+    fn new(name: &str, device: impl VirtioDevice + 'static, transport: Option<Transport>) -> Self {
+        Self {
+            name: name.to_owned(),
+            device: Box::new(device),
+            transport,
+            work: Work::Other,
+        }
+    }
+}
+
 /// All virtio devices, in the order in which the guest finds them.
-fn members(
-    disks: Vec<Disk>,
-    nets: Vec<Net>,
-    vsock: Option<Vsock>,
-    others: Vec<(String, Box<dyn VirtioDevice>, Option<Transport>)>,
-) -> Result<Vec<Member>, BuildError> {
+fn members(builder: &mut VmBuilder) -> Result<Vec<Member>, BuildError> {
     let mut members = Vec::new();
-    for (index, disk) in disks.into_iter().enumerate() {
+    for (index, disk) in mem::take(&mut builder.disks).into_iter().enumerate() {
         let transport = disk.transport;
         let device = disk.into_device()?;
         members.push(Member {
@@ -385,7 +397,7 @@ fn members(
             device: Box::new(device),
         });
     }
-    for (index, net) in nets.into_iter().enumerate() {
+    for (index, net) in mem::take(&mut builder.nets).into_iter().enumerate() {
         let transport = net.transport;
         let device = net.into_device()?;
         members.push(Member {
@@ -395,7 +407,7 @@ fn members(
             device: Box::new(device),
         });
     }
-    if let Some(vsock) = vsock {
+    if let Some(vsock) = builder.vsock.take() {
         let transport = vsock.transport;
         let device = vsock.into_device()?;
         members.push(Member {
@@ -405,7 +417,11 @@ fn members(
             device: Box::new(device),
         });
     }
-    for (name, device, transport) in others {
+    if let Some(rng) = builder.rng.take() {
+        let transport = rng.transport;
+        members.push(Member::new("rng", rng.into_device()?, transport));
+    }
+    for (name, device, transport) in mem::take(&mut builder.virtio_devices) {
         members.push(Member {
             name,
             device,

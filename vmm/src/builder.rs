@@ -11,7 +11,7 @@ use kiln_memory::{MemoryOptions, MemorySize};
 use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
-use crate::{BuildError, Disk, Host, Net, Transport, Vm, Vsock, assemble};
+use crate::{BuildError, Disk, Host, Net, Rng, Transport, Vm, Vsock, assemble};
 
 /// A device of the embedder's own on a bus.
 pub(crate) struct BusDeviceAt<A> {
@@ -37,6 +37,7 @@ pub struct VmBuilder {
     pub(crate) cmdline: String,
     pub(crate) disks: Vec<Disk>,
     pub(crate) nets: Vec<Net>,
+    pub(crate) rng: Option<Rng>,
     pub(crate) vsock: Option<Vsock>,
     pub(crate) console: Console,
     pub(crate) transport: Transport,
@@ -59,6 +60,7 @@ impl Default for VmBuilder {
             cmdline: "console=ttyS0".to_owned(),
             disks: Vec::new(),
             nets: Vec::new(),
+            rng: None,
             vsock: None,
             console: Console::null(),
             transport: Transport::default(),
@@ -141,6 +143,13 @@ impl VmBuilder {
     /// Gives the machine a socket device, in place of one given before.
     pub fn vsock(mut self, vsock: Vsock) -> Self {
         self.vsock = Some(vsock);
+        self
+    }
+
+    /// Gives the guest random numbers of the host's, by an entropy device. Linux mixes them into its
+    /// own at start, and has them as `/dev/hwrng`.
+    pub fn rng(mut self, rng: Rng) -> Self {
+        self.rng = Some(rng);
         self
     }
 

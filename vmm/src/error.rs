@@ -72,6 +72,9 @@ pub enum BuildError {
     /// A socket device cannot be as it was described.
     #[error(transparent)]
     Vsock(#[from] kiln_devices::virtio::vsock::VsockError),
+    /// An entropy device cannot be made.
+    #[error(transparent)]
+    Rng(#[from] kiln_devices::virtio::rng::RngError),
     /// A device has no place.
     #[error(transparent)]
     Device(#[from] kiln_device_manager::Error),

@@ -21,7 +21,7 @@
 //! | [`metrics`] | [`Metrics`]: what a machine has done, as plain values |
 //! | `names` | a machine's name, and what is made of it: its `tracing` span, its threads' names |
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
-//! | `disk`, `net`, `vsock` | [`Disk`], [`Net`], [`Vsock`] |
+//! | `disk`, `net`, `vsock`, `rng` | [`Disk`], [`Net`], [`Vsock`], [`Rng`] |
 //! | `transport` | [`Transport`]: how the guest reaches its virtio devices |
 //! | `pci` | the PCI bus: what is on it, where it is, and what follows its BARs |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
@@ -97,6 +97,7 @@ pub mod metrics;
 mod names;
 mod net;
 mod pci;
+mod rng;
 mod transport;
 mod vcpu;
 mod vfio;
@@ -114,6 +115,7 @@ pub use host::{Execution, Host, HostError};
 pub use kiln_arch::{BootProtocol, Kernel};
 pub use kiln_device_api::{BusDevice, BusDeviceMut, ExitRequest};
 pub use kiln_devices::legacy::serial::{Captured, Console, ConsoleInput, ConsoleOutput};
+pub use kiln_devices::rate_limit::RateLimit;
 pub use kiln_devices::virtio::block::{BlockBackend, RawFile, RawFileError};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
@@ -121,6 +123,7 @@ pub use kiln_memory::{gather, gather_into, scatter};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};
 pub use metrics::Metrics;
 pub use net::Net;
+pub use rng::Rng;
 pub use transport::{Transport, UnknownTransport};
 pub use vfio::VfioDevice;
 pub use vsock::Vsock;

@@ -1,5 +1,6 @@
 //! The command line: its words, and what each option's text means.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -80,6 +81,17 @@ pub(crate) struct Run {
     /// CID 2 go to `SOCKET_PORT`. A comma in the path is written twice
     #[arg(long, value_name = "cid=CID,socket=PATH[,transport=pci|mmio]")]
     pub(crate) vsock: Option<VsockArg>,
+
+    /// An entropy device (virtio-rng): random numbers of the host for the guest, as many bytes in a
+    /// second as `rate` says, and at once after a rest as `burst` says [default: none; without a
+    /// value: one without a limit]
+    #[arg(
+        long,
+        value_name = "[rate=BYTES][,burst=BYTES][,transport=pci|mmio]",
+        num_args = 0..=1,
+        default_missing_value = ""
+    )]
+    pub(crate) rng: Option<RngArg>,
 
     /// Where the guest's serial port (ttyS0) leads [default: stdio]
     #[arg(long, value_name = "stdio|null|file=PATH")]
@@ -286,6 +298,43 @@ impl std::str::FromStr for VsockArg {
     }
 }
 
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RngArg {
+    pub(crate) rate: Option<NonZeroU64>,
+    pub(crate) burst: Option<NonZeroU64>,
+    pub(crate) transport: Option<Transport>,
+}
+
+impl std::str::FromStr for RngArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut rng = Self::default();
+        for option in text.split(',').filter(|_| !text.is_empty()) {
+            match option.split_once('=') {
+                Some(("rate", bytes)) => rng.rate = Some(count(bytes)?),
+                Some(("burst", bytes)) => rng.burst = Some(count(bytes)?),
+                Some(("transport", name)) => rng.transport = Some(transport(name)?),
+                _ => {
+                    return Err(format!(
+                        "unknown option `{option}` of an entropy device: there are `rate=BYTES`, \
+                         `burst=BYTES` and `transport=pci|mmio`"
+                    ));
+                }
+            }
+        }
+        if rng.burst.is_some() && rng.rate.is_none() {
+            return Err("a `burst` needs a `rate`".to_owned());
+        }
+        Ok(rng)
+    }
+}
+
+fn count(text: &str) -> Result<NonZeroU64, String> {
+    text.parse()
+        .map_err(|_| format!("`{text}` is not a number of bytes from 1 on"))
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum SerialArg {
     Stdio,
@@ -429,6 +478,28 @@ mod tests {
             let error = text.parse::<VsockArg>().unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn an_entropy_device_has_a_limit_or_none() {
+        assert_eq!("".parse(), Ok(RngArg::default()));
+        let rng: RngArg = "rate=1000,burst=10,transport=mmio".parse().unwrap();
+        assert_eq!(rng.rate, NonZeroU64::new(1000));
+        assert_eq!(rng.burst, NonZeroU64::new(10));
+        assert_eq!(rng.transport, Some(Transport::Mmio));
+        for text in ["rate=0", "rate=1k", "burst=5", "speed=1", ",", "rate"] {
+            assert!(text.parse::<RngArg>().is_err(), "{text}");
+        }
+        let given = |args: &[&str]| {
+            let args = [&["kiln", "run", "--kernel", "k"], args].concat();
+            match Cli::try_parse_from(args).unwrap().command {
+                Command::Run(run) => run.rng,
+                Command::Check => None,
+            }
+        };
+        assert_eq!(given(&[]), None);
+        assert_eq!(given(&["--rng", "--cpus", "2"]), Some(RngArg::default()));
+        assert!(given(&["--rng", "rate=5"]).unwrap().rate.is_some());
     }
 
     #[test]

@@ -2,10 +2,11 @@
 
 use anyhow::{Error, bail};
 use kiln_vmm::config::{
-    BootProtocolConfig, DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig,
+    BootProtocolConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
+    VsockConfig,
 };
 
-use crate::args::{DiskArg, NetArg, Protocol, Run, SerialArg, VsockArg};
+use crate::args::{DiskArg, NetArg, Protocol, RngArg, Run, SerialArg, VsockArg};
 
 /// What the file says, or the defaults where there is none, with the arguments put over it.
 pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
@@ -36,6 +37,7 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
     if let Some(vsock) = args.vsock {
         config.vsock = Some(vsock.into());
     }
+    config.rng = args.rng.map(RngConfig::from).or(config.rng);
     config.serial = args
         .serial
         .map(SerialConfig::from)
@@ -87,6 +89,19 @@ impl From<VsockArg> for VsockConfig {
             cid: vsock.cid,
             socket: vsock.socket,
             transport: vsock.transport,
+        }
+    }
+}
+
+impl From<RngArg> for RngConfig {
+    fn from(rng: RngArg) -> Self {
+        let limit = |per_second| RateLimitConfig {
+            per_second,
+            burst: rng.burst,
+        };
+        Self {
+            rate_limit: rng.rate.map(limit),
+            transport: rng.transport,
         }
     }
 }

@@ -1,7 +1,9 @@
 //! From a description to a builder.
 
-use super::{DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
-use crate::{BuildError, Console, Disk, Kernel, Net, VmBuilder, Vsock};
+use super::{
+    DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+};
+use crate::{BuildError, Console, Disk, Kernel, Net, RateLimit, Rng, VmBuilder, Vsock};
 
 impl VmConfig {
     /// Opens what the description names, and gives a builder of that machine, to which devices of
@@ -39,6 +41,9 @@ impl VmConfig {
         }
         if let Some(vsock) = self.vsock {
             builder = builder.vsock(vsock.into());
+        }
+        if let Some(rng) = self.rng {
+            builder = builder.rng(rng.into());
         }
         // Last, because a file that was there is emptied.
         if let Some(serial) = self.serial {
@@ -87,6 +92,26 @@ impl From<VsockConfig> for Vsock {
             Some(transport) => vsock.transport(transport),
             None => vsock,
         }
+    }
+}
+
+impl From<RngConfig> for Rng {
+    fn from(config: RngConfig) -> Self {
+        let rng = match config.rate_limit {
+            Some(limit) => Self::new().rate_limit(limit.into()),
+            None => Self::new(),
+        };
+        match config.transport {
+            Some(transport) => rng.transport(transport),
+            None => rng,
+        }
+    }
+}
+
+impl From<RateLimitConfig> for RateLimit {
+    fn from(config: RateLimitConfig) -> Self {
+        let limit = Self::per_second(config.per_second);
+        limit.with_burst(config.burst.unwrap_or(config.per_second))
     }
 }
 

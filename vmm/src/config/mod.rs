@@ -54,6 +54,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -100,6 +101,13 @@ pub struct VmConfig {
     #[cfg_attr(test, schemars(with = "schema::MemoryOptionsKeys"))]
     #[serde(deserialize_with = "table::one")]
     pub memory_options: MemoryOptions,
+    /// The entropy device (virtio-rng), by which the guest has random numbers of the host's; an
+    /// empty table for one without a limit. Not given, there is none.
+    #[serde(
+        deserialize_with = "table::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub rng: Option<RngConfig>,
     /// The disks (virtio-blk), in the order of /dev/vda, /dev/vdb, …
     #[serde(
         deserialize_with = "table::list",
@@ -133,6 +141,7 @@ impl Default for VmConfig {
             transport: Transport::default(),
             serial: None,
             memory_options: MemoryOptions::default(),
+            rng: None,
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
@@ -234,6 +243,35 @@ pub struct VsockConfig {
     /// How the guest reaches it. Not given, it is as for the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,
+}
+
+/// An entropy device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// How many bytes the guest can have. Not given, it is any number.
+    #[serde(
+        default,
+        deserialize_with = "table::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub rate_limit: Option<RateLimitConfig>,
+    /// How the guest reaches it. Not given, it is as for the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport: Option<Transport>,
+}
+
+/// How much of something there can be in a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitConfig {
+    /// How much in a second.
+    pub per_second: NonZeroU64,
+    /// How much at once after a rest. Not given, it is as much as in a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub burst: Option<NonZeroU64>,
 }
 
 /// Where a serial port leads.

@@ -1,13 +1,16 @@
 //! The JSON schema of [`VmConfig`](super::VmConfig), made from its types and compared with the
 //! committed one.
 
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, json_schema};
 use serde_json::Value;
 
 use super::error::explain;
-use super::{DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
+use super::{
+    DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+};
 use crate::{MemoryOptions, MemorySize, Transport};
 
 /// Set to write the schema instead of comparing it.
@@ -150,19 +153,28 @@ fn the_schema_has_every_key_that_is_written() {
             transport: Some(Transport::Mmio),
             ..VsockConfig::default()
         }),
+        rng: Some(RngConfig {
+            rate_limit: Some(RateLimitConfig {
+                per_second: NonZeroU64::MIN,
+                burst: Some(NonZeroU64::MIN),
+            }),
+            transport: Some(Transport::Mmio),
+        }),
         ..VmConfig::default()
     };
     let (schema, value) = (generate(), serde_json::to_value(full).unwrap());
     assert_eq!(names(&schema["properties"]), names(&value));
     let definitions = &schema["$defs"];
-    for (definition, list) in [("DiskConfig", "disks"), ("NetConfig", "nets")] {
+    for (definition, written) in [
+        ("DiskConfig", &value["disks"][0]),
+        ("NetConfig", &value["nets"][0]),
+        ("VsockConfig", &value["vsock"]),
+        ("RngConfig", &value["rng"]),
+        ("RateLimitConfig", &value["rng"]["rate_limit"]),
+    ] {
         let keys = names(&definitions[definition]["properties"]);
-        assert_eq!(keys, names(&value[list][0]));
+        assert_eq!(keys, names(written));
         assert_eq!(definitions[definition]["additionalProperties"], false);
     }
-    assert_eq!(
-        names(&definitions["VsockConfig"]["properties"]),
-        names(&value["vsock"])
-    );
     assert_eq!(schema["additionalProperties"], false);
 }

@@ -1,6 +1,7 @@
 //! Descriptions that are read, and descriptions that are refused.
 
 use std::fs;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use super::*;
@@ -46,6 +47,13 @@ fn full() -> VmConfig {
             cid: 42,
             socket: "guest.vsock".into(),
             transport: Some(Transport::Mmio),
+        }),
+        rng: Some(RngConfig {
+            rate_limit: Some(RateLimitConfig {
+                per_second: NonZeroU64::new(1000).unwrap(),
+                burst: NonZeroU64::new(20),
+            }),
+            transport: Some(Transport::Pci),
         }),
     }
 }
@@ -94,6 +102,10 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.memory_options, full().memory_options);
     assert_eq!(builder.initrd, Some(folder.path().join("initrd.img")));
     assert_eq!(builder.cmdline, full().cmdline);
+    let rng = builder.rng.unwrap();
+    assert_eq!(rng.transport, Some(Transport::Pci));
+    let rng = format!("{rng:?}");
+    assert!(rng.contains("per_second: 1000, burst: 20"), "{rng}");
     let vsock = crate::Vsock::new(42, folder.path().join("guest.vsock"));
     assert_eq!(builder.vsock, Some(vsock.transport(Transport::Mmio)));
     let transports: Vec<_> = builder.disks.iter().map(|disk| disk.transport).collect();
@@ -135,6 +147,15 @@ fn an_unknown_key_is_refused_with_its_line_and_the_nearest_one() {
     refused(
         "[[nets]]\ntap = \"t\"\naddress = 1",
         &["line 3", "nets[0]", "`address`", "`tap`", "of tap, mac"],
+    );
+    refused("rng = true", &["line 1", "`rng`", "a table"]);
+    refused(
+        "[rng]\nrate_limit = 5",
+        &["line 2", "`rng.rate_limit`", "a table"],
+    );
+    refused(
+        "[rng.rate_limit]\nper_second = 0",
+        &["line 2", "`rng.rate_limit.per_second`", "nonzero"],
     );
     let json = "{\n  \"kernal\": \"k\"\n}";
     check(
