@@ -126,14 +126,18 @@ impl Surface {
                     return self.other(visit, name, of, &import.conditions);
                 }
             };
-            // What is of another crate is not known by its space.
-            if !targets.contains(&target) {
-                targets.push(target);
-            }
+            targets.push(target);
+        }
+        // An import that a private module has for itself, such as of a derive macro that is named as a
+        // type of the module, is not exported with the type.
+        if targets.iter().any(|it| !matches!(it, Target::External(_))) {
+            targets.retain(|it| !matches!(it, Target::External(_)));
         }
         if targets.is_empty() {
             targets.push(Target::External(import.path.clone()));
         }
+        targets.sort();
+        targets.dedup();
         for target in targets {
             self.add(source, visit, name, target, &import.conditions, queue);
         }

@@ -154,7 +154,7 @@ fn names_are_those_that_users_see_whatever_module_they_are_defined_in() {
         ),
         (
             "inner.rs",
-            "pub mod deep; pub struct Thing; pub enum Kind { First } pub struct Unseen;
+            "pub mod deep; use derive_crate::Thing; pub struct Thing; pub enum Kind { First } pub struct Unseen;
             impl Thing { pub fn kind(&self, _: deep::Deep) -> Kind { Kind::First } }",
         ),
         (
