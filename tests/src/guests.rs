@@ -426,3 +426,21 @@ guest!(
     "mov al, 0x34",
     "out dx, al",
 );
+
+guest!(
+    /// Sets `DRIVER_OK` in the first virtio-mmio device with a queue that lies nowhere, resets the
+    /// device and does it again, for ever.
+    virtio_bad_queue,
+    "mov ebx, 0xd0000000",
+    "2: mov dword ptr [rbx + 0x70], 0",
+    "mov dword ptr [rbx + 0x70], 3",
+    "mov dword ptr [rbx + 0x24], 1",
+    "mov dword ptr [rbx + 0x20], 1",
+    "mov dword ptr [rbx + 0x70], 0xb",
+    "mov dword ptr [rbx + 0x30], 0",
+    "mov dword ptr [rbx + 0x38], 16",
+    "mov dword ptr [rbx + 0x44], 1",
+    "mov dword ptr [rbx + 0x70], 0xf",
+    "out 0xf0, al",
+    "jmp 2b",
+);

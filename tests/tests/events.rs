@@ -241,3 +241,25 @@ fn a_device_that_panics_at_rest_ends_its_machine_and_not_the_thread_that_pauses(
         assert_eq!(end(&handle), VmExit::DeviceFailure(expected));
     }
 }
+
+#[test]
+fn a_device_that_gives_up_on_its_driver_is_told_once() {
+    let host = host!();
+    let vm = builder(&host, guests::virtio_bad_queue())
+        .virtio_device_on(Transport::Mmio, "patient", PanicsAtRest)
+        .build()
+        .unwrap();
+    let events = vm.events().unwrap();
+    let handle = vm.start().unwrap();
+    while handle.exit_counts()[0].pio_out < 100 {
+        std::thread::yield_now();
+    }
+    handle.stop();
+    let told: Vec<_> = events.collect();
+    let error = VmEvent::DeviceError {
+        device: "patient".to_owned(),
+        reason: "queue 0: the available ring has no address".to_owned(),
+    };
+    let ended = VmEvent::Ended(VmExit::Stopped);
+    assert_eq!(told, [VmEvent::Started, error, ended]);
+}

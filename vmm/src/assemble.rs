@@ -77,7 +77,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     // The thread was started first and is waited for last: it takes its time.
     serial.connect(io.handle())?;
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
-    let (devices, transports) = (wiring.devices, wiring.transports);
+    let (devices, transports, events) = (wiring.devices, wiring.transports, wiring.events);
     Ok(Vm {
         machine: Machine {
             span: span.clone(),
@@ -88,7 +88,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             serial,
             io,
             failure,
-            events: wiring.events,
+            events,
             vfio: None,
             vm,
         },

@@ -21,6 +21,7 @@ use crate::counters::Counted;
 use crate::error::one_line;
 use crate::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
 use crate::status::{DEVICE_NEEDS_RESET, SharedStatus};
+use crate::transport::NeedsResetHook;
 use crate::{
     Activation, ActiveQueue, CoreState, DeviceCounters, TransportError, VirtioDevice,
     VirtioInterrupt,
@@ -129,6 +130,10 @@ impl VirtioCore {
             device_type: self.device_type,
             reason: reason.to_owned(),
         }
+    }
+
+    pub(crate) fn on_needs_reset(&self, tell: NeedsResetHook) {
+        self.shared.on_needs_reset(tell);
     }
 
     pub(crate) fn device_type(&self) -> u32 {

@@ -97,5 +97,5 @@ pub use mmio::MmioTransport;
 pub use pci::PciTransport;
 pub use simple::SimpleDevice;
 pub use state::{CoreState, MmioState, PciTransportState, QueueState};
-pub use transport::VirtioTransport;
+pub use transport::{NeedsResetHook, VirtioTransport};
 pub use worker::{Chain, QueueError, QueueHandler, Turn, Worker};

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::core::{Half, QueueArea, VirtioCore};
 use crate::status::SharedStatus;
-use crate::transport::SharedCore;
+use crate::transport::{NeedsResetHook, SharedCore};
 use crate::{
     DeviceCounters, InterruptEvent, MmioState, TransportError, VirtioDevice, VirtioInterrupt,
     VirtioTransport,
@@ -219,6 +219,10 @@ impl VirtioTransport for MmioTransport {
 
     fn counters(&self) -> Arc<DeviceCounters> {
         self.core.counters()
+    }
+
+    fn on_needs_reset(&self, tell: NeedsResetHook) {
+        self.core.lock().on_needs_reset(tell);
     }
 
     fn pause(&self) {

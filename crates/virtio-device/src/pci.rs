@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::core::VirtioCore;
 use crate::status::SharedStatus;
-use crate::transport::SharedCore;
+use crate::transport::{NeedsResetHook, SharedCore};
 use crate::{
     DeviceCounters, InterruptEvent, PciTransportState, TransportError, VirtioDevice,
     VirtioInterrupt, VirtioTransport,
@@ -247,6 +247,10 @@ impl VirtioTransport for PciTransport {
 
     fn counters(&self) -> Arc<DeviceCounters> {
         self.core.counters()
+    }
+
+    fn on_needs_reset(&self, tell: NeedsResetHook) {
+        self.core.lock().on_needs_reset(tell);
     }
 
     fn pause(&self) {

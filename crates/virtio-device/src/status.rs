@@ -1,10 +1,13 @@
 //! The device status bits and what of the transport's state worker threads may touch.
 
 use std::fmt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
 use tracing::Span;
 use virtio_bindings::virtio_config as raw;
+
+use crate::transport::NeedsResetHook;
 
 /// The driver has found the device (virtio 1.3, section 2.1, as all that follow).
 pub(crate) const ACKNOWLEDGE: u8 = raw::VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
@@ -26,6 +29,8 @@ pub(crate) struct SharedStatus {
     status: AtomicU8,
     generation: AtomicU32,
     told: AtomicBool,
+    /// Told the same as the log.
+    hook: OnceLock<NeedsResetHook>,
     /// The span in which the transport was made: messages about the device belong to it.
     span: Span,
 }
@@ -37,6 +42,7 @@ impl SharedStatus {
             status: AtomicU8::new(status),
             generation: AtomicU32::new(generation),
             told: AtomicBool::new(false),
+            hook: OnceLock::new(),
             span: Span::current(),
         }
     }
@@ -69,8 +75,16 @@ impl SharedStatus {
                     "a virtio device needs to be reset by its driver (told once): {reason}"
                 );
             });
+            if let Some(tell) = self.hook.get() {
+                tell(&reason.to_string());
+            }
         }
         before & DRIVER_OK != 0
+    }
+
+    pub(crate) fn on_needs_reset(&self, tell: NeedsResetHook) {
+        // The first one counts.
+        let _ = self.hook.set(tell);
     }
 
     pub(crate) fn span(&self) -> &Span {

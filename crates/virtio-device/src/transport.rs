@@ -7,6 +7,9 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::DeviceCounters;
 use crate::core::VirtioCore;
 
+/// Told why a device gave up on its driver.
+pub type NeedsResetHook = Box<dyn Fn(&str) + Send + Sync>;
+
 /// A device behind a transport, as its machine sees it, whichever transport that is.
 pub trait VirtioTransport: Send + Sync {
     /// The virtio device type (virtio 1.3, section 5).
@@ -17,6 +20,12 @@ pub trait VirtioTransport: Send + Sync {
 
     /// What the device does, to be looked at while it works.
     fn counters(&self) -> Arc<DeviceCounters>;
+
+    /// Has `tell` called with the reason when the device gives up on its driver
+    /// (`DEVICE_NEEDS_RESET`): the first time only, as a guest can bring it about as often as it
+    /// likes. It is called on any thread, and must not call the transport. The first call of this
+    /// counts.
+    fn on_needs_reset(&self, tell: NeedsResetHook);
 
     /// Stops the device's work and keeps its queues. To be called when no vCPU runs, so that
     /// nothing is half done when the state is taken.
