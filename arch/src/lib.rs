@@ -38,6 +38,7 @@
 //! assert_eq!(entry.regs().rip, layout::KERNEL_MIN_START);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+#![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
 pub mod acpi;

@@ -80,6 +80,8 @@
 //! # }
 //! ```
 
+#![deny(missing_docs)]
+
 mod assemble;
 mod builder;
 mod capabilities;

@@ -51,6 +51,7 @@
 //! assert_eq!(answer, [1]);
 //! assert_eq!(BusDevice::write(&port, 0, &[0]), ControlFlow::Break(ExitRequest::Shutdown));
 //! ```
+#![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
 mod bus;

@@ -55,6 +55,7 @@
 //! # Ok(())
 //! # }
 //! ```
+#![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
 mod bus;

@@ -51,6 +51,7 @@
 //! # Ok(())
 //! # }
 //! ```
+#![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
 mod handler;

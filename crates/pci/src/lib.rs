@@ -97,6 +97,7 @@
 //! # Ok(())
 //! # }
 //! ```
+#![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
 mod address;

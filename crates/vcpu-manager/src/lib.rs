@@ -105,6 +105,7 @@
 //! # }
 //! ```
 #![cfg(target_arch = "x86_64")]
+#![deny(missing_docs)]
 
 mod counters;
 mod end;

@@ -68,6 +68,7 @@
 //! ```
 //!
 //! [`PciTransport`] has an example of a device on a PCI bus.
+#![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
 mod buffers;
