@@ -3,6 +3,7 @@
 //!
 //! | module | what lives there |
 //! |---|---|
+//! | [`balloon`] | [`Balloon`](balloon::Balloon): RAM of the guest for the host |
 //! | [`block`] | [`Block`](block::Block), and raw files as disks |
 //! | [`net`] | [`Net`](net::Net), and taps as its cable |
 //! | [`rng`] | [`Rng`](rng::Rng): random numbers of the host for the guest |
@@ -10,6 +11,7 @@
 //! | `latency` | [`LatencyHistogram`]: how long something took, counted without a lock |
 //! | `iovec` | vectored I/O between file descriptors and guest RAM |
 
+pub mod balloon;
 pub mod block;
 #[cfg(test)]
 mod hostile;
