@@ -9,6 +9,7 @@
 //! | [`program`] | the `kiln` program as a process |
 //! | [`linux`] | Debian's kernels as its guests |
 //! | [`tap`] | tap interfaces for their networks |
+//! | [`vsock`] | socket devices for them, and programs to talk to |
 //! | [`prometheus`] | a strict reader of Prometheus' text format |
 //! | `tests/tiny_guests.rs` | the library with guests of a few bytes |
 //! | `tests/events.rs` | what a handle tells while its machine lives |
@@ -17,7 +18,10 @@
 //! | `tests/failures.rs` | every step of building and starting a machine, failing |
 //! | `benches/stop.rs` | how long a stop takes |
 //! | `tests/command_line.rs` | the `kiln` program with guests of a few bytes, and with bad input |
+//! | `tests/pci.rs` | PCI and its interrupts with guests of a few bytes |
+//! | `tests/linux_transports.rs` | Linux guests and how they reach their virtio devices |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
+//! | `tests/linux_vsock.rs` | Linux guests that talk to programs of the host |
 //! | `tests/linux_library.rs` | the library with several of them at once |
 
 pub mod elf;
@@ -30,6 +34,7 @@ pub mod prometheus;
 pub(crate) mod scripted;
 pub mod stubborn;
 pub mod tap;
+pub mod vsock;
 
 /// The programs in the documentation compile.
 #[cfg(doctest)]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use kiln_vmm::Transport;
 use kiln_xtask::assets::{self, Guest, Kernel};
 use kiln_xtask::initrd;
 
@@ -13,6 +14,27 @@ use crate::program::{self, Outcome, Program};
 /// How long a guest may take, from its start to its end. The emulated processors of a nested
 /// machine are slow.
 pub const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Makes tests of functions that take a [`Transport`], over PCI first: `pci::name`, and
+/// `then_mmio::name`, for tests run in the order of their names. They need hardware KVM.
+#[macro_export]
+macro_rules! over_every_transport {
+    ($($name:ident),+ $(,)?) => {
+        $crate::over_every_transport!(@ pci Pci $($name)+);
+        $crate::over_every_transport!(@ then_mmio Mmio $($name)+);
+    };
+    (@ $module:ident $transport:ident $($name:ident)+) => {
+        mod $module {
+            $(
+                #[test]
+                #[ignore = "needs hardware KVM: run by cargo xtask test"]
+                fn $name() {
+                    super::$name(kiln_vmm::Transport::$transport);
+                }
+            )+
+        }
+    };
+}
 
 /// The kernels and the root disk that guests are made of.
 pub fn guest_assets() -> &'static Guest {
@@ -36,8 +58,9 @@ pub struct Linux {
 }
 
 impl Linux {
-    /// A guest with the kernel of a series, such as `6.12`, from its bzImage.
-    pub fn new(series: &str) -> Self {
+    /// A guest with the kernel of a series, such as `6.12`, from its bzImage, that reaches its
+    /// virtio devices by `transport`.
+    pub fn new(series: &str, transport: Transport) -> Self {
         #[allow(clippy::panic)]
         let kernel = match guest_assets().kernel(series) {
             Ok(kernel) => kernel,
@@ -53,7 +76,7 @@ impl Linux {
             kernel,
             image: kernel.bzimage.clone(),
             cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
-            args: Vec::new(),
+            args: vec!["--transport".into(), transport.to_string().into()],
         }
     }
 

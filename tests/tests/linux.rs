@@ -13,7 +13,25 @@ use std::time::{Duration, Instant};
 use kiln_tests::linux::{Linux, PATIENCE};
 use kiln_tests::program::{self, Outcome, Program};
 use kiln_tests::tap::Tap;
+use kiln_vmm::Transport;
 use kiln_xtask::initrd;
+
+kiln_tests::over_every_transport!(
+    a_bzimage_boots_in_128_mib,
+    a_bzimage_boots_with_4_vcpus_and_5_gib,
+    a_vmlinux_boots_by_the_64_bit_protocol,
+    a_vmlinux_boots_by_pvh,
+    an_initrd_is_delivered_exactly,
+    what_a_guest_has_synced_is_on_its_disk,
+    a_read_only_disk_stays_as_it_is,
+    disks_keep_their_order_their_ids_and_their_bytes,
+    a_network_carries_pings_and_streams_both_ways,
+    two_network_interfaces_keep_their_addresses,
+    each_end_of_a_linux_guest_is_told_apart,
+    a_signal_presses_the_power_button_that_the_guest_sees,
+    a_second_signal_stops_a_guest_that_does_not_care,
+    the_login_prompt_takes_what_is_typed,
+);
 
 const READY: &str = "kiln-power-button: ready";
 
@@ -103,36 +121,26 @@ fn assert_boots(linux: Linux, cpus: u32, memory_mib: u64) {
     }
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_bzimage_boots_in_128_mib() {
-    assert_boots(Linux::new("6.1"), 1, 128);
+fn a_bzimage_boots_in_128_mib(transport: Transport) {
+    assert_boots(Linux::new("6.1", transport), 1, 128);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_bzimage_boots_with_4_vcpus_and_5_gib() {
-    assert_boots(Linux::new("6.12"), 4, 5120);
+fn a_bzimage_boots_with_4_vcpus_and_5_gib(transport: Transport) {
+    assert_boots(Linux::new("6.12", transport), 4, 5120);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_vmlinux_boots_by_the_64_bit_protocol() {
-    assert_boots(Linux::new("6.1").vmlinux("linux64"), 2, 256);
-    assert_boots(Linux::new("6.12").vmlinux("linux64"), 1, 256);
+fn a_vmlinux_boots_by_the_64_bit_protocol(transport: Transport) {
+    assert_boots(Linux::new("6.1", transport).vmlinux("linux64"), 2, 256);
+    assert_boots(Linux::new("6.12", transport).vmlinux("linux64"), 1, 256);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_vmlinux_boots_by_pvh() {
-    assert_boots(Linux::new("6.1").vmlinux("pvh"), 4, 256);
-    assert_boots(Linux::new("6.12").vmlinux("pvh"), 2, 4096);
+fn a_vmlinux_boots_by_pvh(transport: Transport) {
+    assert_boots(Linux::new("6.1", transport).vmlinux("pvh"), 4, 256);
+    assert_boots(Linux::new("6.12", transport).vmlinux("pvh"), 2, 4096);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn an_initrd_is_delivered_exactly() {
-    let linux = Linux::new("6.12").cmdline("kiln.x=1");
+fn an_initrd_is_delivered_exactly(transport: Transport) {
+    let linux = Linux::new("6.12", transport).cmdline("kiln.x=1");
     let content = noise(7, 3 << 20);
     let file = linux.folder.path().join("noise");
     fs::write(&file, &content).unwrap();
@@ -153,6 +161,7 @@ fn an_initrd_is_delivered_exactly() {
     // Given after the other, and so taken instead of it.
     let mut args: Vec<std::ffi::OsString> = vec!["run".into(), "--kernel".into()];
     args.push(linux.kernel.bzimage.clone().into());
+    args.extend(["--transport".into(), transport.to_string().into()]);
     args.push("--initrd".into());
     args.push(whole.into());
     args.push("--cmdline".into());
@@ -165,10 +174,8 @@ fn an_initrd_is_delivered_exactly() {
     assert_eq!(outcome.value("sum"), Some(sha256(&file).as_str()));
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn what_a_guest_has_synced_is_on_its_disk() {
-    let linux = Linux::new("6.12");
+fn what_a_guest_has_synced_is_on_its_disk(transport: Transport) {
+    let linux = Linux::new("6.12", transport);
     let disk = linux.root_disk().unwrap();
     let linux = linux
         .cmdline("root=/dev/vda rw")
@@ -207,10 +214,8 @@ fn what_a_guest_has_synced_is_on_its_disk() {
     assert_eq!(outcome.value("sum"), Some(sha256(&copy).as_str()));
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_read_only_disk_stays_as_it_is() {
-    let linux = Linux::new("6.1");
+fn a_read_only_disk_stays_as_it_is(transport: Transport) {
+    let linux = Linux::new("6.1", transport);
     let disk = linux.root_disk().unwrap();
     let before = sha256(&disk);
     let linux = linux.disk(&disk, ",readonly");
@@ -227,10 +232,8 @@ fn a_read_only_disk_stays_as_it_is() {
     assert_eq!(sha256(&disk), before);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn disks_keep_their_order_their_ids_and_their_bytes() {
-    let linux = Linux::new("6.12");
+fn disks_keep_their_order_their_ids_and_their_bytes(transport: Transport) {
+    let linux = Linux::new("6.12", transport);
     let make = |name: &str, mib: u64| {
         let path = linux.folder.path().join(name);
         let file = File::create(&path).unwrap();
@@ -270,11 +273,9 @@ fn disks_keep_their_order_their_ids_and_their_bytes() {
     assert_eq!(fs::metadata(&first).unwrap().len(), 8 << 20);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_network_carries_pings_and_streams_both_ways() {
+fn a_network_carries_pings_and_streams_both_ways(transport: Transport) {
     let _tap = Tap::new("kilntest0", "192.168.101.1/24");
-    let linux = Linux::new("6.12")
+    let linux = Linux::new("6.12", transport)
         .arg("--net")
         .arg("tap=kilntest0,mac=06:00:00:00:01:01")
         .cmdline("kiln.ip=eth0:192.168.101.2/24");
@@ -323,14 +324,12 @@ fn a_network_carries_pings_and_streams_both_ways() {
     }
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn two_network_interfaces_keep_their_addresses() {
+fn two_network_interfaces_keep_their_addresses(transport: Transport) {
     let _taps = (
         Tap::new("kilntest1", "192.168.111.1/24"),
         Tap::new("kilntest2", "192.168.112.1/24"),
     );
-    let linux = Linux::new("6.1")
+    let linux = Linux::new("6.1", transport)
         .arg("--net")
         .arg("tap=kilntest1,mac=06:00:00:00:02:01")
         .arg("--net")
@@ -375,10 +374,8 @@ fn assert_ends(linux: &Linux, script: &str, last: &str, code: i32, message: &str
     assert!(took < Duration::from_secs(30), "{took:?}");
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn each_end_of_a_linux_guest_is_told_apart() {
-    let linux = Linux::new("6.12").cmdline("oops=panic");
+fn each_end_of_a_linux_guest_is_told_apart(transport: Transport) {
+    let linux = Linux::new("6.12", transport).cmdline("oops=panic");
     assert_ends(
         &linux,
         "echo going; poweroff -f",
@@ -395,14 +392,12 @@ fn each_end_of_a_linux_guest_is_told_apart() {
     );
     let crash = "echo 1 > /proc/sys/kernel/sysrq; echo going; echo c > /proc/sysrq-trigger";
     assert_ends(&linux, crash, "going", 4, "the guest's kernel panicked");
-    let linux = Linux::new("6.1").cmdline("reboot=t");
+    let linux = Linux::new("6.1", transport).cmdline("reboot=t");
     assert_ends(&linux, "echo going; reboot -f", "going", 5, "triple fault");
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_signal_presses_the_power_button_that_the_guest_sees() {
-    let linux = Linux::new("6.12");
+fn a_signal_presses_the_power_button_that_the_guest_sees(transport: Transport) {
+    let linux = Linux::new("6.12", transport);
     let program = linux.start("kiln-wait-power-button").unwrap();
     assert!(program.wait_for(READY, PATIENCE));
     program.signal("TERM").unwrap();
@@ -415,10 +410,8 @@ fn a_signal_presses_the_power_button_that_the_guest_sees() {
     );
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_second_signal_stops_a_guest_that_does_not_care() {
-    let linux = Linux::new("6.1");
+fn a_second_signal_stops_a_guest_that_does_not_care(transport: Transport) {
+    let linux = Linux::new("6.1", transport);
     let program = linux.start("echo going; while true; do :; done").unwrap();
     assert!(program.wait_for("going", PATIENCE));
     program.signal("TERM").unwrap();
@@ -428,13 +421,12 @@ fn a_second_signal_stops_a_guest_that_does_not_care() {
     assert_eq!(outcome.code, Some(7), "{}", outcome.errors);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn the_login_prompt_takes_what_is_typed() {
-    let linux = Linux::new("6.12");
+fn the_login_prompt_takes_what_is_typed(transport: Transport) {
+    let linux = Linux::new("6.12", transport);
     let disk = linux.root_disk().unwrap();
     let mut args: Vec<std::ffi::OsString> = vec!["run".into(), "--kernel".into()];
     args.push(linux.kernel.bzimage.clone().into());
+    args.extend(["--transport".into(), transport.to_string().into()]);
     args.push("--initrd".into());
     args.push(linux.kernel.initrd.clone().into());
     args.extend([
