@@ -19,8 +19,8 @@ use kiln_tests::{guests, host};
 use kiln_vmm::metrics::{LatencyMetrics, SerialMetrics};
 use kiln_vmm::virtio::{QueueError, QueueHandler, Registrar, SimpleDevice, Turn};
 use kiln_vmm::{
-    BlockBackend, BusDeviceMut, Console, Disk, ExitRequest, GuestSlice, Metrics, VmBuilder, VmExit,
-    VmState,
+    BlockBackend, BusDeviceMut, Console, Disk, ExitRequest, GuestSlice, Metrics, Transport,
+    VmBuilder, VmExit, VmState,
 };
 use writer::{Buffer, DATA, Guest};
 
@@ -268,11 +268,11 @@ fn metrics_grow_while_a_guest_runs_and_stay_as_they_are_at_its_end() {
     assert_eq!(handle.metrics(), last);
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_linux_guest_and_its_machine_count_the_same() {
+kiln_tests::over_every_transport!(a_linux_guest_and_its_machine_count_the_same);
+
+fn a_linux_guest_and_its_machine_count_the_same(transport: Transport) {
     let _tap = Tap::new("kilntest9", "192.168.119.1/24");
-    let linux = Linux::new("6.12");
+    let linux = Linux::new("6.12", transport);
     let path = |name| linux.folder.path().join(name);
     let (image, metrics) = (path("image"), path("vm.prom"));
     std::fs::write(&image, vec![0; 8 << 20]).unwrap();
