@@ -15,21 +15,21 @@
 use vm_memory::GuestAddress;
 
 /// The global descriptor table of the boot vCPU.
-pub const GDT_START: u64 = 0x500;
+pub(crate) const GDT_START: u64 = 0x500;
 /// PVH: `hvm_start_info`, and in the same page the list of modules and the memory map.
-pub const PVH_START_INFO_START: u64 = 0x6000;
+pub(crate) const PVH_START_INFO_START: u64 = 0x6000;
 /// 64-bit Linux: the "zero page" (`boot_params`).
-pub const ZERO_PAGE_START: u64 = 0x7000;
+pub(crate) const ZERO_PAGE_START: u64 = 0x7000;
 /// The top of the boot vCPU's stack, which grows down from here.
-pub const BOOT_STACK_TOP: u64 = 0x8ff0;
+pub(crate) const BOOT_STACK_TOP: u64 = 0x8ff0;
 /// The page tables that the boot vCPU starts with.
-pub const PAGE_TABLES_START: u64 = 0x9000;
+pub(crate) const PAGE_TABLES_START: u64 = 0x9000;
 /// The kernel's command line.
-pub const CMDLINE_START: u64 = 0x2_0000;
+pub(crate) const CMDLINE_START: u64 = 0x2_0000;
 /// The most bytes that a command line may have, with its final NUL.
-pub const CMDLINE_MAX_SIZE: u64 = 0x1_0000;
+pub(crate) const CMDLINE_MAX_SIZE: u64 = 0x1_0000;
 /// Where the first RAM ends: a PC's extended BIOS data area would be here.
-pub const EBDA_START: u64 = 0x9_fc00;
+pub(crate) const EBDA_START: u64 = 0x9_fc00;
 /// Where the ACPI tables begin, with the RSDP first. A guest finds it here by looking, too (ACPI
 /// 6.5 section 5.2.5.1).
 pub const ACPI_TABLES_START: u64 = 0xe_0000;
@@ -37,7 +37,7 @@ pub const ACPI_TABLES_START: u64 = 0xe_0000;
 pub const ACPI_TABLES_SIZE: u64 = RESET_VECTOR_START - ACPI_TABLES_START;
 /// Where a PC's firmware has its reset vector for those who jump there in real mode: the last 16
 /// bytes below 1 MiB.
-pub const RESET_VECTOR_START: u64 = 0xf_fff0;
+pub(crate) const RESET_VECTOR_START: u64 = 0xf_fff0;
 /// The lowest address that a kernel may be loaded at.
 pub const KERNEL_MIN_START: u64 = 0x10_0000;
 
@@ -78,7 +78,7 @@ pub const IOAPIC_SIZE: u64 = 0x1000;
 /// The pins of the IOAPIC.
 pub const IOAPIC_PINS: u32 = 24;
 /// Where each vCPU sees its local APIC.
-pub const LAPIC_START: u64 = 0xfee0_0000;
+pub(crate) const LAPIC_START: u64 = 0xfee0_0000;
 
 /// Three pages that KVM needs on Intel processors for its task state segment.
 pub const KVM_TSS_START: u64 = 0xfffb_d000;
@@ -150,41 +150,25 @@ pub fn ram_regions(size: u64) -> Vec<(GuestAddress, usize)> {
     .collect()
 }
 
-/// The first guest physical address behind `size` bytes of RAM. It must not be more than the
-/// vCPUs can address (see [`cpuid::physical_address_bits`](crate::cpuid::physical_address_bits)).
-pub const fn ram_end(size: u64) -> u64 {
-    if size <= MMIO_HOLE_START {
-        size
-    } else {
-        (size - MMIO_HOLE_START).saturating_add(HIGH_RAM_START)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn ram_fills_the_space_below_the_hole_first() {
-        for (size, regions, end) in [
-            (0, vec![], 0),
-            (64 << 20, vec![(0, 64 << 20)], 64 << 20),
-            (3 << 30, vec![(0, 3 << 30)], 3 << 30),
-            (
-                (3 << 30) + 4096,
-                vec![(0, 3 << 30), (4 << 30, 4096)],
-                (4 << 30) + 4096,
-            ),
-            (5 << 30, vec![(0, 3 << 30), (4 << 30, 2 << 30)], 6 << 30),
+        for (size, regions) in [
+            (0, vec![]),
+            (64 << 20, vec![(0, 64 << 20)]),
+            (3 << 30, vec![(0, 3 << 30)]),
+            ((3 << 30) + 4096, vec![(0, 3 << 30), (4 << 30, 4096)]),
+            (5 << 30, vec![(0, 3 << 30), (4 << 30, 2 << 30)]),
         ] {
             let expected: Vec<_> = regions
                 .into_iter()
                 .map(|(at, size)| (GuestAddress(at), size))
                 .collect();
             assert_eq!(ram_regions(size), expected);
-            assert_eq!(ram_end(size), end);
         }
-        assert_eq!(ram_end(u64::MAX), u64::MAX);
         assert_eq!(ram_regions(u64::MAX).len(), 2);
     }
 

@@ -12,7 +12,7 @@
 //! | module | what lives there |
 //! |---|---|
 //! | [`layout`] | the address map: RAM, devices, ports, interrupts |
-//! | [`kernel`] | what a kernel file is, and whether it is whole |
+//! | `kernel` | what a kernel file is, and whether it is whole |
 //! | [`boot`] | the 64-bit Linux and the PVH boot protocols |
 //! | [`acpi`] | the tables by which the guest finds processors and devices |
 //! | [`cpuid`] | what each vCPU says of itself, and the topology |
@@ -47,7 +47,7 @@ pub mod cpuid;
 mod error;
 mod file;
 mod gdt;
-pub mod kernel;
+mod kernel;
 pub mod lapic;
 pub mod layout;
 pub mod msr;

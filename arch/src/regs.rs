@@ -22,7 +22,7 @@ const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_RESERVED: u64 = 1 << 1;
 
 /// The general registers of the 64-bit Linux entry at `entry`: RSI points to the zero page.
-pub fn linux64_regs(entry: u64) -> kvm_regs {
+pub(crate) fn linux64_regs(entry: u64) -> kvm_regs {
     kvm_regs {
         rip: entry,
         rsi: ZERO_PAGE_START,
@@ -34,7 +34,7 @@ pub fn linux64_regs(entry: u64) -> kvm_regs {
 }
 
 /// The general registers of the PVH entry at `entry`: EBX points to `hvm_start_info`.
-pub fn pvh_regs(entry: u64) -> kvm_regs {
+pub(crate) fn pvh_regs(entry: u64) -> kvm_regs {
     kvm_regs {
         rip: entry,
         rbx: PVH_START_INFO_START,
@@ -45,7 +45,7 @@ pub fn pvh_regs(entry: u64) -> kvm_regs {
 
 /// Turns the special registers of a vCPU after reset into those of the 64-bit Linux entry: long
 /// mode, with the first 4 GiB mapped to themselves.
-pub fn set_linux64_sregs(sregs: &mut kvm_sregs) {
+pub(crate) fn set_linux64_sregs(sregs: &mut kvm_sregs) {
     set_segments(sregs, Mode::Long);
     sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
     sregs.cr3 = PAGE_TABLES_START;
@@ -55,7 +55,7 @@ pub fn set_linux64_sregs(sregs: &mut kvm_sregs) {
 
 /// Turns the special registers of a vCPU after reset into those of the PVH entry: flat 32-bit
 /// protected mode, paging off.
-pub fn set_pvh_sregs(sregs: &mut kvm_sregs) {
+pub(crate) fn set_pvh_sregs(sregs: &mut kvm_sregs) {
     set_segments(sregs, Mode::Protected);
     sregs.cr0 = CR0_PE | CR0_ET;
     sregs.cr3 = 0;

@@ -16,8 +16,7 @@ const VGA_START: u64 = 0xa_0000;
 /// What a range of addresses is, with its E820 number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-#[non_exhaustive]
-pub enum MemoryKind {
+pub(super) enum MemoryKind {
     /// For the guest to use.
     Ram = 1,
     /// Not for the guest to use.
@@ -28,17 +27,17 @@ pub enum MemoryKind {
 
 /// A range of guest physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryMapEntry {
+pub(super) struct MemoryMapEntry {
     /// Its first address.
-    pub address: u64,
+    pub(super) address: u64,
     /// Its bytes.
-    pub size: u64,
+    pub(super) size: u64,
     /// What it is.
-    pub kind: MemoryKind,
+    pub(super) kind: MemoryKind,
 }
 
 /// The memory map of a guest, sorted by address and without overlaps.
-pub fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
+pub(super) fn memory_map(memory: &GuestMemory) -> Vec<MemoryMapEntry> {
     let mut map = Vec::new();
     let mut add = |address: u64, end: u64, kind| {
         if end > address {

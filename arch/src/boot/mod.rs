@@ -11,7 +11,7 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
 pub use initrd::Initrd;
-pub use memory_map::{MemoryKind, MemoryMapEntry, memory_map};
+use memory_map::{MemoryMapEntry, memory_map};
 
 use crate::gdt::{self, Mode};
 use crate::kernel::{BootProtocol, Kernel};
