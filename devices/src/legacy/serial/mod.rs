@@ -9,11 +9,9 @@
 //! | module | what lives there |
 //! |---|---|
 //! | `mod` | [`Serial`]: the registers, and the port's state |
-//! | `console` | [`Console`], [`ConsoleInput`], [`ConsoleOutput`]: what may be at the other end |
 //! | `link` | the buffer between the two, their ways to wake each other, and [`SerialCounters`] |
 //! | `worker` | the handler on the I/O thread |
 
-mod console;
 mod link;
 mod worker;
 
@@ -30,7 +28,7 @@ use kiln_io_thread::{Attached, IoHandle};
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 
-pub use console::{Captured, Console, ConsoleInput, ConsoleOutput};
+pub use crate::console::{Captured, Console, ConsoleInput, ConsoleOutput};
 pub use link::SerialCounters;
 
 use link::{InputEvents, Link, OutputWriter};
@@ -271,7 +269,6 @@ impl Serial {
         interrupt: Arc<dyn InterruptLine>,
     ) -> Result<Self, SerialError> {
         let Console { input, output } = console;
-        let (source, sink) = (input.0, output.0);
         for len in [state.fifo.len(), state.input.len()] {
             if len > FIFO_SIZE {
                 return Err(SerialError::State {
@@ -280,7 +277,7 @@ impl Serial {
                 });
             }
         }
-        let link = Arc::new(Link::new(sink.is_some()).map_err(SerialError::EventFd)?);
+        let link = Arc::new(Link::new(output.is_open()).map_err(SerialError::EventFd)?);
         let registers = vm_superio::Serial::from_state(
             &state.registers(),
             Line(interrupt),
@@ -301,10 +298,10 @@ impl Serial {
             uart: Mutex::new(uart),
             link,
         });
-        let worker = if sink.is_none() && source.is_none() && state.input.is_empty() {
+        let worker = if !output.is_open() && !input.is_open() && state.input.is_empty() {
             Place::None
         } else {
-            Place::Idle(Worker::new(Arc::clone(&shared), source, sink))
+            Place::Idle(Worker::new(Arc::clone(&shared), input, output))
         };
         Ok(Self {
             shared,

@@ -1,14 +1,15 @@
 //! The handler on the I/O thread: it writes the output and reads the input.
 
-use std::fs::File;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use kiln_io_thread::{EventSet, IoEvent, IoHandler, Registrar};
 
-use super::console::{CHUNK, Sink, Source, Target};
 use super::{FIFO_SIZE, Shared};
+use crate::console::{
+    CHUNK, ConsoleInput, ConsoleOutput, InputPump, OutputPump, Read, Written, log_end,
+};
 
 const WAKE: u32 = 0;
 const OUTPUT: u32 = 1;
@@ -17,32 +18,21 @@ const INPUT: u32 = 2;
 /// The most writes or reads in one call: the thread has other handlers.
 const ROUNDS: usize = 16;
 
-/// Which of its file descriptors the worker waits for.
-#[derive(Default)]
-struct Waits {
-    output: bool,
-    input: bool,
-}
-
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    source: Option<Source>,
-    sink: Option<Sink>,
-    waits: Waits,
-    /// A regular file has no readiness, and is read whenever there is room.
-    poll_source: bool,
+    input: InputPump,
+    output: OutputPump,
     chunk: Box<[u8]>,
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, source: Option<Source>, sink: Option<Sink>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, input: ConsoleInput, output: ConsoleOutput) -> Self {
+        let output = OutputPump::new(output, OUTPUT);
         Self {
             shared,
-            poll_source: matches!(source, Some(Source::File(_))),
-            source,
-            chunk: vec![0; sink.as_ref().map_or(0, |_| CHUNK)].into(),
-            sink,
-            waits: Waits::default(),
+            input: InputPump::new(input, INPUT),
+            chunk: vec![0; if output.is_open() { CHUNK } else { 0 }].into(),
+            output,
         }
     }
 
@@ -53,90 +43,31 @@ impl Worker {
     /// Writes what there is. `ready` says that the output is known to take bytes.
     fn write_output(&mut self, mut ready: bool, registrar: &mut Registrar<'_, '_>) {
         for _ in 0..ROUNDS {
-            let Some(sink) = &mut self.sink else {
-                return;
-            };
-            let chunk = &mut self.chunk[..sink.chunk];
+            let chunk = &mut self.chunk[..self.output.chunk()];
             let (len, last) = self.shared.link.peek(chunk);
             if len == 0 {
-                self.stop_waiting_for_output(registrar);
+                self.output.rest(registrar);
                 return;
             }
-            if sink.wait && !ready {
-                self.wait_for_output(registrar);
-                return;
-            }
-            match sink.write(&chunk[..len], last) {
-                // A writer that takes nothing will not do so later either.
-                Ok(0) => self.end_output(&ErrorKind::WriteZero.into(), registrar),
-                Ok(len) => {
+            match self.output.write(&chunk[..len], last, ready, registrar) {
+                Written::Bytes(len) => {
                     ready = false;
                     if self.shared.link.written(len) {
                         self.shared.uart().raise_again();
                     }
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error)
-                    if error.kind() == ErrorKind::WouldBlock
-                        && matches!(sink.target, Target::File(_)) =>
-                {
-                    self.wait_for_output(registrar);
+                Written::Later | Written::Closed => return,
+                Written::Ended(error) => {
+                    log_end("the serial port's output", &error);
+                    // What the guest sends is dropped from now on.
+                    if self.shared.link.discard() {
+                        self.shared.uart().raise_again();
+                    }
                     return;
                 }
-                Err(error) => self.end_output(&error, registrar),
             }
         }
         self.call_again();
-    }
-
-    fn output_file(&self) -> Option<&File> {
-        match self.sink.as_ref().map(|sink| &sink.target) {
-            Some(Target::File(file)) => Some(file),
-            _ => None,
-        }
-    }
-
-    fn wait_for_output(&mut self, registrar: &mut Registrar<'_, '_>) {
-        if self.waits.output {
-            return;
-        }
-        let Some(file) = self.output_file() else {
-            return;
-        };
-        match registrar.add(file, OUTPUT, EventSet::OUT) {
-            Ok(()) => self.waits.output = true,
-            // A regular file: it takes all there is.
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                if let Some(sink) = &mut self.sink {
-                    sink.wait = false;
-                }
-                self.call_again();
-            }
-            Err(error) => self.end_output(&error, registrar),
-        }
-    }
-
-    fn stop_waiting_for_output(&mut self, registrar: &mut Registrar<'_, '_>) {
-        if std::mem::take(&mut self.waits.output)
-            && let Some(file) = self.output_file()
-        {
-            let _ = registrar.remove(file);
-        }
-    }
-
-    /// The output failed: what the guest sends is dropped from now on.
-    fn end_output(&mut self, error: &io::Error, registrar: &mut Registrar<'_, '_>) {
-        // A reader that goes away is nothing special; a disk that is full may be. Said only once.
-        if error.kind() == ErrorKind::BrokenPipe {
-            tracing::debug!("the serial port's output ends: {error}");
-        } else {
-            tracing::warn!("the serial port's output ends: {error}");
-        }
-        self.stop_waiting_for_output(registrar);
-        self.sink = None;
-        if self.shared.link.discard() {
-            self.shared.uart().raise_again();
-        }
     }
 
     /// Gives the guest what there is for it, as much as it has room for. `ready` says that the input
@@ -152,74 +83,31 @@ impl Worker {
                 room
             };
             if room == 0 {
-                self.stop_waiting_for_input(registrar);
+                self.input.rest(registrar);
                 return;
             }
-            if self.poll_source && !ready {
-                self.wait_for_input(registrar);
-                return;
-            }
-            let Some(source) = &mut self.source else {
-                return;
-            };
             let mut buffer = [0; FIFO_SIZE];
-            match source.read(&mut buffer[..room.min(FIFO_SIZE)]) {
-                Ok(0) => return self.end_input(registrar),
-                Ok(len) => {
+            let buffer = &mut buffer[..room.min(FIFO_SIZE)];
+            match self.input.read(buffer, ready, registrar) {
+                Read::Bytes(len) => {
                     let read = &self.shared.link.counters.input_bytes;
                     read.fetch_add(len as u64, Ordering::Relaxed);
                     let mut uart = self.shared.uart();
                     uart.input.extend_from_slice(&buffer[..len]);
                     uart.feed();
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock && self.poll_source => {}
-                Err(error) => {
+                Read::Later | Read::Closed | Read::Ended(None) => return,
+                Read::Ended(Some(error)) => {
                     tracing::debug!("the serial port's input ends: {error}");
-                    return self.end_input(registrar);
+                    return;
                 }
             }
-            if self.poll_source {
+            if self.input.tells() {
                 // Readiness is told again where there is more.
                 return;
             }
         }
         self.call_again();
-    }
-
-    fn wait_for_input(&mut self, registrar: &mut Registrar<'_, '_>) {
-        let Some(Source::File(file)) = &self.source else {
-            return;
-        };
-        if self.waits.input {
-            return;
-        }
-        match registrar.add(file, INPUT, EventSet::IN) {
-            Ok(()) => self.waits.input = true,
-            // A regular file, or one like /dev/null: it can be read at any time.
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
-                self.poll_source = false;
-                self.call_again();
-            }
-            Err(error) => {
-                tracing::debug!("the serial port's input ends: {error}");
-                self.end_input(registrar);
-            }
-        }
-    }
-
-    fn stop_waiting_for_input(&mut self, registrar: &mut Registrar<'_, '_>) {
-        if std::mem::take(&mut self.waits.input)
-            && let Some(Source::File(file)) = &self.source
-        {
-            let _ = registrar.remove(file);
-        }
-    }
-
-    fn end_input(&mut self, registrar: &mut Registrar<'_, '_>) {
-        self.stop_waiting_for_input(registrar);
-        self.source = None;
-        self.poll_source = false;
     }
 }
 
@@ -227,7 +115,8 @@ impl IoHandler for Worker {
     fn start(&mut self, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
         registrar.add(&self.shared.link.wake, WAKE, EventSet::IN)?;
         // A worker that was taken off a thread waits for nothing on the next.
-        self.waits = Waits::default();
+        self.input.start();
+        self.output.start();
         self.call_again();
         Ok(())
     }

@@ -5,9 +5,8 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Instant;
 
 use rustix::net::{
@@ -16,6 +15,7 @@ use rustix::net::{
 };
 
 use super::VsockError;
+use crate::socket_file::SocketFile;
 
 /// The longest path of a Unix socket.
 const MAX_PATH_BYTES: usize = 107;
@@ -24,14 +24,9 @@ const PORT_BYTES: usize = "_4294967295".len();
 /// The longest line that a client may send: `CONNECT`, a number, and some spaces.
 const LINE_BYTES: usize = 32;
 
-/// The listening socket, whose file goes with it.
+/// The listening socket.
 #[derive(Debug)]
-pub(super) struct HostSocket {
-    listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the file.
-    file: Option<(u64, u64)>,
-}
+pub(super) struct HostSocket(SocketFile);
 
 impl HostSocket {
     /// Listens at `path`, where nothing may be yet.
@@ -50,26 +45,17 @@ impl HostSocket {
                 source,
             },
         };
-        let listener = UnixListener::bind(path).map_err(fail)?;
-        let socket = Self {
-            listener,
-            path: path.into(),
-            file: file_identity(path),
-        };
-        socket.listener.set_nonblocking(true).map_err(fail)?;
-        Ok(socket)
+        SocketFile::listen(path).map(Self).map_err(fail)
     }
 
     /// The next client that has connected.
     pub(super) fn accept(&self) -> io::Result<UnixStream> {
-        let (socket, _) = self.listener.accept()?;
-        socket.set_nonblocking(true)?;
-        Ok(socket)
+        self.0.accept()
     }
 
     /// A socket that is not connected yet, for the program that listens for a port of the host.
     pub(super) fn dial(&self, port: u32) -> io::Result<Dial> {
-        let mut path: OsString = self.path.clone().into();
+        let mut path: OsString = self.0.path().into();
         path.push(format!("_{port}"));
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         Ok(Dial {
@@ -81,22 +67,8 @@ impl HostSocket {
 
 impl AsRawFd for HostSocket {
     fn as_raw_fd(&self) -> RawFd {
-        self.listener.as_raw_fd()
+        self.0.as_raw_fd()
     }
-}
-
-impl Drop for HostSocket {
-    fn drop(&mut self) {
-        // What somebody has put there since is theirs.
-        if self.file.is_some() && file_identity(&self.path) == self.file {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn file_identity(path: &Path) -> Option<(u64, u64)> {
-    let data = std::fs::symlink_metadata(path).ok()?;
-    Some((data.dev(), data.ino()))
 }
 
 /// An attempt to connect to a program of the host.
@@ -208,6 +180,8 @@ pub(super) fn send_bytes(socket: &UnixStream, bytes: &[u8]) -> io::Result<usize>
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
     use std::io::{Read as _, Write as _};
 

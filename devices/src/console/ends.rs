@@ -1,4 +1,4 @@
-//! What may be at the other end of a serial port.
+//! What may be at the other end of a console.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -8,15 +8,17 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 /// The most that is written at once: what fits in a pipe that is ready (`PIPE_BUF`).
-pub(super) const CHUNK: usize = 4096;
+pub(crate) const CHUNK: usize = 4096;
 /// The most that is written at once to a terminal whose descriptor would block.
 const TERMINAL_CHUNK: usize = 64;
 
-/// The two ends of a serial port's line.
+/// The two ends of a console's line.
 ///
 /// ```no_run
-/// use kiln_devices::legacy::serial::{Console, ConsoleInput, ConsoleOutput};
+/// use kiln_devices::console::{Console, ConsoleInput, ConsoleOutput};
 ///
 /// # fn main() -> std::io::Result<()> {
 /// let interactive = Console::stdio()?;
@@ -74,6 +76,11 @@ impl Console {
 pub struct ConsoleInput(pub(super) Option<Source>);
 
 impl ConsoleInput {
+    /// Whether there is an input.
+    pub(crate) fn is_open(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// No input.
     pub fn null() -> Self {
         Self(None)
@@ -126,6 +133,17 @@ impl fmt::Debug for ConsoleInput {
 pub struct ConsoleOutput(pub(super) Option<Sink>);
 
 impl ConsoleOutput {
+    /// Whether somebody sees it.
+    pub(crate) fn is_open(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Whether a write may block where readiness was not waited for.
+    #[cfg(test)]
+    pub(crate) fn may_block(&self) -> bool {
+        self.0.as_ref().is_some_and(|sink| sink.wait)
+    }
+
     /// Output that nobody sees.
     pub fn null() -> Self {
         Self(None)
@@ -266,6 +284,15 @@ pub(super) enum Target {
 }
 
 impl Sink {
+    /// Whether it takes bytes now; a writer always does.
+    pub(super) fn is_ready(&self) -> bool {
+        let Target::File(file) = &self.target else {
+            return true;
+        };
+        let mut fds = [PollFd::new(file, PollFlags::OUT)];
+        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1))
+    }
+
     /// Writes some of `bytes`; flushes if they were the `last` there are and all went.
     pub(super) fn write(&mut self, bytes: &[u8], last: bool) -> io::Result<usize> {
         match &mut self.target {
