@@ -61,7 +61,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{BootProtocol, MacAddress, MemoryOptions, MemorySize, Transport};
 
-pub use error::ConfigError;
+pub use error::{ConfigError, Place};
 
 /// What a virtual machine is made of.
 ///
