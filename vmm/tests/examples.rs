@@ -102,6 +102,15 @@ prints!(
     "the guest powered off",
 );
 
+prints!(
+    a_guest_is_answered_by_a_service_of_the_host,
+    "vsock",
+    "the service said: 42",
+    "the guest powered off",
+    "the guest asked: what is the answer?",
+    "a socket is left: false",
+);
+
 #[test]
 fn each_machine_of_a_process_has_its_own_end() {
     let Some(printed) = run("lifecycle") else {
@@ -150,5 +159,5 @@ fn each_example_has_a_test_and_is_short() {
         assert!(lines < 120, "{name} has {lines} lines");
         seen += 1;
     }
-    assert_eq!(seen, 6);
+    assert_eq!(seen, 7);
 }

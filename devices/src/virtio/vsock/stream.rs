@@ -124,15 +124,13 @@ impl Stream {
         }
     }
 
-    /// The peer has closed its end: nothing can be written to it, and what it wrote is all.
+    /// The peer has closed its end: nothing can be written to it, and what it wrote is all. The
+    /// guest receives that first, and is told behind it, or when it sends something itself.
     fn hang_up(&mut self) {
         self.hung_up = true;
         if !self.connection.is_open() || self.draining {
             self.failed = true;
-            return;
-        }
-        self.stop_writing();
-        if self.connection.guest_done() & NO_RECEIVE != 0 {
+        } else if !self.connection.takes_data() {
             self.connection.host_is_done(DONE);
         }
     }
