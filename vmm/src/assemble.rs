@@ -11,6 +11,7 @@ use kiln_device_manager::DeviceManager;
 use kiln_devices::acpi::{PowerButton, PowerManagement, PvPanic};
 use kiln_devices::legacy::serial::{Console, Serial};
 use kiln_devices::legacy::{I8042, IoApic, Rtc};
+use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_io_thread::IoThread;
 use kiln_memory::{GuestMemory, MemorySize};
 use kiln_virtio_device::{MmioTransport, PciTransport, VirtioDevice, VirtioTransport};
@@ -53,6 +54,9 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
         // What is mapped from a file would fault later.
         kernel = kernel.read();
     }
+    if let Some(balloon) = &builder.balloon {
+        balloon.check(&builder.memory_options)?;
+    }
     let initrd = builder.initrd.as_ref().map(Initrd::open).transpose()?;
     let failure = Arc::new(DeviceFailure::default());
     let reported = Arc::clone(&failure);
@@ -85,6 +89,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             buses: Arc::new(devices.build()),
             transports,
             power_button,
+            balloon: wiring.balloon,
             serial,
             io,
             failure,
@@ -146,6 +151,7 @@ struct Wiring<'a> {
     functions: pci::Functions,
     acpi: AcpiConfig,
     counted: CountedDevices,
+    balloon: Option<BalloonControl>,
     host: &'a Host,
     vm: &'a Arc<KvmVm>,
     routes: Arc<InterruptRoutes>,
@@ -176,6 +182,7 @@ impl<'a> Wiring<'a> {
                 ..AcpiConfig::default()
             },
             counted: CountedDevices::default(),
+            balloon: None,
             host,
             vm,
             routes: InterruptRoutes::new(Arc::clone(vm)),
@@ -275,6 +282,9 @@ impl<'a> Wiring<'a> {
             Transport::Pci => self.add_virtio_pci(name, member.device)?,
             Transport::Mmio => self.add_virtio_mmio(name, member.device)?,
         };
+        if let Work::Balloon(control) = &member.work {
+            self.balloon = Some(control.clone());
+        }
         self.counted.add(name, transport.counters(), member.work);
         let (events, device) = (Arc::clone(&self.events), name.to_owned());
         transport.on_needs_reset(Box::new(move |reason| {
@@ -420,6 +430,16 @@ fn members(builder: &mut VmBuilder) -> Result<Vec<Member>, BuildError> {
     if let Some(rng) = builder.rng.take() {
         let transport = rng.transport;
         members.push(Member::new("rng", rng.into_device()?, transport));
+    }
+    if let Some(balloon) = builder.balloon.take() {
+        let transport = balloon.transport;
+        let device = balloon.into_device(builder.memory)?;
+        members.push(Member {
+            name: "balloon".to_owned(),
+            transport,
+            work: Work::Balloon(device.control()),
+            device: Box::new(device),
+        });
     }
     for (name, device, transport) in mem::take(&mut builder.virtio_devices) {
         members.push(Member {

@@ -11,7 +11,7 @@ use kiln_memory::{MemoryOptions, MemorySize};
 use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
-use crate::{BuildError, Disk, Host, Net, Rng, Transport, Vm, Vsock, assemble};
+use crate::{Balloon, BuildError, Disk, Host, Net, Rng, Transport, Vm, Vsock, assemble};
 
 /// A device of the embedder's own on a bus.
 pub(crate) struct BusDeviceAt<A> {
@@ -37,6 +37,7 @@ pub struct VmBuilder {
     pub(crate) cmdline: String,
     pub(crate) disks: Vec<Disk>,
     pub(crate) nets: Vec<Net>,
+    pub(crate) balloon: Option<Balloon>,
     pub(crate) rng: Option<Rng>,
     pub(crate) vsock: Option<Vsock>,
     pub(crate) console: Console,
@@ -60,6 +61,7 @@ impl Default for VmBuilder {
             cmdline: "console=ttyS0".to_owned(),
             disks: Vec::new(),
             nets: Vec::new(),
+            balloon: None,
             rng: None,
             vsock: None,
             console: Console::null(),
@@ -150,6 +152,12 @@ impl VmBuilder {
     /// own at start, and has them as `/dev/hwrng`.
     pub fn rng(mut self, rng: Rng) -> Self {
         self.rng = Some(rng);
+        self
+    }
+
+    /// Gives the machine a memory balloon, by which the guest's RAM gets back to the host.
+    pub fn balloon(mut self, balloon: Balloon) -> Self {
+        self.balloon = Some(balloon);
         self
     }
 

@@ -75,6 +75,15 @@ pub enum BuildError {
     /// An entropy device cannot be made.
     #[error(transparent)]
     Rng(#[from] kiln_devices::virtio::rng::RngError),
+    /// The balloon cannot be as it was described.
+    #[error(transparent)]
+    Balloon(#[from] kiln_devices::virtio::balloon::BalloonError),
+    /// The machine's memory is not for a balloon.
+    #[error("give the machine a balloon, with memory as it is: {reason}")]
+    BalloonMemory {
+        /// What they have against each other.
+        reason: &'static str,
+    },
     /// A device has no place.
     #[error(transparent)]
     Device(#[from] kiln_device_manager::Error),

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use kiln_device_api::ExitRequest;
 use kiln_devices::acpi::PowerButton;
+use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_io_thread::IoHandle;
 use kiln_vcpu_manager::{EndHooks, ExitCounts, MachineEnd, VcpuManager};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -118,6 +119,7 @@ struct Running {
     span: Span,
     metrics: Arc<MetricsSource>,
     power_button: PowerButton,
+    balloon: Option<BalloonControl>,
     events: Arc<EventSource>,
     io: IoHandle,
     /// The vCPUs' manager, where its last owner could not wait for them.
@@ -133,6 +135,7 @@ impl Running {
             span: machine.span.clone(),
             metrics: Arc::clone(&machine.metrics),
             power_button: machine.power_button(),
+            balloon: machine.balloon.clone(),
             events: Arc::clone(&machine.events),
             io: machine.io.handle().clone(),
             kept: Mutex::default(),
@@ -320,6 +323,13 @@ impl VmHandle {
     pub fn power_button(&self) {
         let _in_span = self.inner.running.span.enter();
         self.inner.running.power_button.press();
+    }
+
+    /// The host's side of the machine's memory balloon, where it was
+    /// [given](crate::VmBuilder::balloon) one: how much is to be in it, how much there is, and what
+    /// the guest says of its memory.
+    pub fn balloon(&self) -> Option<BalloonControl> {
+        self.inner.running.balloon.clone()
     }
 
     /// Stops the machine, whatever the guest does. The machine then ended with

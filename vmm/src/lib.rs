@@ -21,7 +21,7 @@
 //! | [`metrics`] | [`Metrics`]: what a machine has done, as plain values |
 //! | `names` | a machine's name, and what is made of it: its `tracing` span, its threads' names |
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
-//! | `disk`, `net`, `vsock`, `rng` | [`Disk`], [`Net`], [`Vsock`], [`Rng`] |
+//! | `disk`, `net`, `vsock`, `rng`, `balloon` | [`Disk`], [`Net`], [`Vsock`], [`Rng`], [`Balloon`] |
 //! | `transport` | [`Transport`]: how the guest reaches its virtio devices |
 //! | `pci` | the PCI bus: what is on it, where it is, and what follows its BARs |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
@@ -83,6 +83,7 @@
 #![deny(missing_docs)]
 
 mod assemble;
+mod balloon;
 mod builder;
 mod capabilities;
 pub mod config;
@@ -105,6 +106,7 @@ mod vcpu;
 mod vfio;
 mod vsock;
 
+pub use balloon::Balloon;
 pub use builder::VmBuilder;
 pub use capabilities::Capabilities;
 pub use config::VmConfig;
@@ -118,6 +120,9 @@ pub use kiln_arch::{BootProtocol, Kernel};
 pub use kiln_device_api::{BusDevice, BusDeviceMut, ExitRequest};
 pub use kiln_devices::legacy::serial::{Captured, Console, ConsoleInput, ConsoleOutput};
 pub use kiln_devices::rate_limit::RateLimit;
+pub use kiln_devices::virtio::balloon::{
+    BalloonControl, BalloonCounters, BalloonError, BalloonStatistics,
+};
 pub use kiln_devices::virtio::block::{BlockBackend, RawFile, RawFileError};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};

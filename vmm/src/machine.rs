@@ -8,6 +8,7 @@ use kiln_device_api::panic_message;
 use kiln_device_manager::Buses;
 use kiln_devices::acpi::PowerButton;
 use kiln_devices::legacy::serial::Serial;
+use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_io_thread::IoThread;
 use kiln_memory::GuestMemory;
 use kiln_virtio_device::VirtioTransport;
@@ -38,6 +39,7 @@ pub(crate) struct Machine {
     pub(crate) buses: Arc<Buses>,
     pub(crate) transports: Vec<Arc<dyn VirtioTransport>>,
     pub(crate) power_button: PowerButton,
+    pub(crate) balloon: Option<BalloonControl>,
     pub(crate) serial: Arc<Serial>,
     /// Dropping it joins the thread.
     pub(crate) io: IoThread,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kiln_vmm::config::BalloonConfig;
 use kiln_vmm::{MacAddress, MemorySize, Transport};
 
 /// Boot Linux in a KVM virtual machine.
@@ -92,6 +93,19 @@ pub(crate) struct Run {
         default_missing_value = ""
     )]
     pub(crate) rng: Option<RngArg>,
+
+    /// A memory balloon (virtio-balloon). The guest reports free pages, which go back to the host
+    /// until it uses them again; and SIZE of its RAM (as for --memory; nothing by default) is to be
+    /// in the balloon, from which a guest that is out of memory may take it. Each of it can be
+    /// turned off. The size cannot be changed while the guest runs
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_name = "[target=SIZE][,deflate-on-oom=on|off][,free-page-reporting=on|off]\
+                      [,transport=pci|mmio]"
+    )]
+    pub(crate) balloon: Option<BalloonArg>,
 
     /// Where the guest's serial port (ttyS0) leads [default: stdio]
     #[arg(long, value_name = "stdio|null|file=PATH")]
@@ -335,6 +349,46 @@ fn count(text: &str) -> Result<NonZeroU64, String> {
         .map_err(|_| format!("`{text}` is not a number of bytes from 1 on"))
 }
 
+/// A balloon as it is on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BalloonArg(pub(crate) BalloonConfig);
+
+impl std::str::FromStr for BalloonArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut balloon = BalloonConfig::default();
+        for option in text.split(',').filter(|_| !text.is_empty()) {
+            match option.split_once('=') {
+                Some(("target", size)) => {
+                    balloon.target = size.parse().map_err(|e| format!("{e}"))?;
+                }
+                Some(("deflate-on-oom", word)) => balloon.deflate_on_oom = on_or_off(word)?,
+                Some(("free-page-reporting", word)) => {
+                    balloon.free_page_reporting = on_or_off(word)?;
+                }
+                Some(("transport", name)) => balloon.transport = Some(transport(name)?),
+                _ => {
+                    return Err(format!(
+                        "unknown balloon option `{option}`: there are `target=SIZE`, \
+                         `deflate-on-oom=on|off`, `free-page-reporting=on|off` and \
+                         `transport=pci|mmio`"
+                    ));
+                }
+            }
+        }
+        Ok(Self(balloon))
+    }
+}
+
+fn on_or_off(word: &str) -> Result<bool, String> {
+    match word {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("`{word}`: there are `on` and `off`")),
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum SerialArg {
     Stdio,
@@ -428,6 +482,35 @@ mod tests {
         assert!("mac=06:00:00:00:00:01".parse::<NetArg>().is_err());
         assert!("tap=tap0,mac=06:00".parse::<NetArg>().is_err());
         assert!("tap0".parse::<NetArg>().is_err());
+    }
+
+    #[test]
+    fn a_balloon_has_what_is_not_turned_off() {
+        let balloon = |text: &str| text.parse::<BalloonArg>().map(|balloon| balloon.0);
+        assert_eq!(balloon(""), Ok(BalloonConfig::default()));
+        let expected = BalloonConfig {
+            target: MemorySize::mib(256),
+            deflate_on_oom: false,
+            free_page_reporting: false,
+            transport: Some(Transport::Mmio),
+        };
+        let text = "target=256M,deflate-on-oom=off,free-page-reporting=off,transport=mmio";
+        assert_eq!(balloon(text), Ok(expected));
+        assert!(
+            balloon("free-page-reporting=on")
+                .unwrap()
+                .free_page_reporting
+        );
+        for (text, said) in [
+            ("256M", "unknown balloon option `256M`"),
+            ("target=", "memory size ``"),
+            ("target=1G,", "unknown balloon option ``"),
+            ("deflate-on-oom=yes", "`yes`: there are `on` and `off`"),
+            ("deflate-on-oom", "unknown balloon option `deflate-on-oom`"),
+        ] {
+            let error = balloon(text).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
     }
 
     #[test]

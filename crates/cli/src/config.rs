@@ -38,6 +38,7 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
         config.vsock = Some(vsock.into());
     }
     config.rng = args.rng.map(RngConfig::from).or(config.rng);
+    config.balloon = args.balloon.map(|balloon| balloon.0).or(config.balloon);
     config.serial = args
         .serial
         .map(SerialConfig::from)

@@ -1,9 +1,10 @@
 //! From a description to a builder.
 
 use super::{
-    DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
+    VsockConfig,
 };
-use crate::{BuildError, Console, Disk, Kernel, Net, RateLimit, Rng, VmBuilder, Vsock};
+use crate::{Balloon, BuildError, Console, Disk, Kernel, Net, RateLimit, Rng, VmBuilder, Vsock};
 
 impl VmConfig {
     /// Opens what the description names, and gives a builder of that machine, to which devices of
@@ -44,6 +45,9 @@ impl VmConfig {
         }
         if let Some(rng) = self.rng {
             builder = builder.rng(rng.into());
+        }
+        if let Some(balloon) = self.balloon {
+            builder = builder.balloon(balloon.into());
         }
         // Last, because a file that was there is emptied.
         if let Some(serial) = self.serial {
@@ -112,6 +116,19 @@ impl From<RateLimitConfig> for RateLimit {
     fn from(config: RateLimitConfig) -> Self {
         let limit = Self::per_second(config.per_second);
         limit.with_burst(config.burst.unwrap_or(config.per_second))
+    }
+}
+
+impl From<BalloonConfig> for Balloon {
+    fn from(config: BalloonConfig) -> Self {
+        let balloon = Self::new()
+            .target(config.target)
+            .deflate_on_oom(config.deflate_on_oom)
+            .free_page_reporting(config.free_page_reporting);
+        match config.transport {
+            Some(transport) => balloon.transport(transport),
+            None => balloon,
+        }
     }
 }
 

@@ -108,6 +108,13 @@ pub struct VmConfig {
         skip_serializing_if = "Option::is_none"
     )]
     pub rng: Option<RngConfig>,
+    /// The memory balloon (virtio-balloon), by which the guest's RAM gets back to the host; an empty
+    /// table for one with the defaults. Not given, there is none.
+    #[serde(
+        deserialize_with = "table::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub balloon: Option<BalloonConfig>,
     /// The disks (virtio-blk), in the order of /dev/vda, /dev/vdb, …
     #[serde(
         deserialize_with = "table::list",
@@ -142,6 +149,7 @@ impl Default for VmConfig {
             serial: None,
             memory_options: MemoryOptions::default(),
             rng: None,
+            balloon: None,
             disks: Vec::new(),
             nets: Vec::new(),
             vsock: None,
@@ -272,6 +280,36 @@ pub struct RateLimitConfig {
     /// How much at once after a rest. Not given, it is as much as in a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub burst: Option<NonZeroU64>,
+}
+
+/// A memory balloon (virtio-balloon).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// How much of the guest's RAM is to be in the balloon at first: a multiple of 4K.
+    #[cfg_attr(test, schemars(schema_with = "schema::memory_size"))]
+    pub target: MemorySize,
+    /// Whether the guest may take RAM out of the balloon where it would have to kill a process
+    /// otherwise.
+    pub deflate_on_oom: bool,
+    /// Whether the guest reports free pages, which are given back to the host until they are used
+    /// again.
+    pub free_page_reporting: bool,
+    /// How the guest reaches it. Not given, it is as for the machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transport: Option<Transport>,
+}
+
+impl Default for BalloonConfig {
+    fn default() -> Self {
+        Self {
+            target: MemorySize::bytes(0),
+            deflate_on_oom: true,
+            free_page_reporting: true,
+            transport: None,
+        }
+    }
 }
 
 /// Where a serial port leads.

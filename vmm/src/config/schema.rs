@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use super::error::explain;
 use super::{
-    DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
+    VsockConfig,
 };
 use crate::{MemoryOptions, MemorySize, Transport};
 
@@ -139,6 +140,10 @@ fn the_schema_has_every_key_that_is_written() {
         initrd: Some("i".into()),
         memory: MemorySize::mib(64),
         serial: Some(SerialConfig::File("s".into())),
+        balloon: Some(BalloonConfig {
+            transport: Some(Transport::Mmio),
+            ..BalloonConfig::default()
+        }),
         disks: vec![DiskConfig {
             id: Some("i".into()),
             transport: Some(Transport::Mmio),
@@ -170,6 +175,7 @@ fn the_schema_has_every_key_that_is_written() {
         ("NetConfig", &value["nets"][0]),
         ("VsockConfig", &value["vsock"]),
         ("RngConfig", &value["rng"]),
+        ("BalloonConfig", &value["balloon"]),
         ("RateLimitConfig", &value["rng"]["rate_limit"]),
     ] {
         let keys = names(&definitions[definition]["properties"]);

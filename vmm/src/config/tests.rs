@@ -24,6 +24,12 @@ fn full() -> VmConfig {
             prefault: true,
             dirty_log: false,
         },
+        balloon: Some(BalloonConfig {
+            target: MemorySize::gib(2),
+            deflate_on_oom: false,
+            free_page_reporting: false,
+            transport: Some(Transport::Pci),
+        }),
         disks: vec![
             DiskConfig {
                 path: "root.ext4".into(),
@@ -110,11 +116,37 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.vsock, Some(vsock.transport(Transport::Mmio)));
     let transports: Vec<_> = builder.disks.iter().map(|disk| disk.transport).collect();
     assert_eq!(transports, [Some(Transport::Pci), None]);
+    let balloon = builder.balloon.unwrap();
+    assert_eq!(balloon.transport, Some(Transport::Pci));
+    let balloon = format!("{balloon:?}");
+    assert!(balloon.contains("MemorySize(2147483648)"), "{balloon}");
+    assert_eq!(balloon.matches("false").count(), 2, "{balloon}");
     let disks: Vec<String> = builder.disks.iter().map(|d| format!("{d:?}")).collect();
     assert!(disks[0].contains("bytes: 1024") && disks[0].contains("read_only: false"));
     assert!(disks[0].contains("\"root\""), "{}", disks[0]);
     assert!(disks[1].contains("bytes: 512") && disks[1].contains("read_only: true"));
     assert!(folder.path().join("console.log").exists());
+}
+
+#[test]
+fn a_balloon_is_there_once_it_is_named() {
+    let balloon = |text: &str| VmConfig::from_toml(text).unwrap().balloon;
+    assert_eq!(balloon(""), None);
+    assert_eq!(balloon("[balloon]"), Some(BalloonConfig::default()));
+    let expected = BalloonConfig {
+        target: MemorySize::mib(64),
+        ..BalloonConfig::default()
+    };
+    assert_eq!(balloon("balloon.target = \"64M\""), Some(expected));
+    assert_eq!(
+        VmConfig::from_json("{\"balloon\": null}").unwrap().balloon,
+        None
+    );
+    refused("balloon = true", &["line 1", "balloon", "table"]);
+    refused(
+        "[balloon]\nsize = 1",
+        &["line 2", "`size`", "of target, deflate_on_oom"],
+    );
 }
 
 /// The error of a text in TOML; it has to be one line with all of `words`.

@@ -109,6 +109,9 @@ pub struct DeviceMetrics {
     /// What it did as a socket device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockMetrics>,
+    /// What it did as a memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonMetrics>,
 }
 
 /// One queue of a virtio device.
@@ -197,6 +200,24 @@ pub struct VsockMetrics {
     pub tx_bytes: u64,
     /// What the driver sent that was no packet of this guest.
     pub tx_dropped: u64,
+}
+
+/// A memory balloon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct BalloonMetrics {
+    /// The guest's RAM that is to be in the balloon.
+    pub target_bytes: u64,
+    /// The guest's RAM that is in the balloon, as its driver says.
+    pub actual_bytes: u64,
+    /// Bytes that the driver put into the balloon, and that were given back to the host.
+    pub inflated_bytes: u64,
+    /// Bytes that the driver took out of the balloon.
+    pub deflated_bytes: u64,
+    /// Bytes that the driver reported as free, and that were given back to the host.
+    pub reported_bytes: u64,
+    /// How often the host did not take memory back.
+    pub failures: u64,
 }
 
 /// A histogram of durations.

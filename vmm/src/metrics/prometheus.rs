@@ -4,7 +4,8 @@
 use std::fmt::Write;
 
 use super::{
-    BlockMetrics, DeviceMetrics, LatencyMetrics, Metrics, NetMetrics, QueueMetrics, VsockMetrics,
+    BalloonMetrics, BlockMetrics, DeviceMetrics, LatencyMetrics, Metrics, NetMetrics, QueueMetrics,
+    VsockMetrics,
 };
 use crate::VmState;
 
@@ -29,6 +30,7 @@ pub(super) fn text(machines: &[Metrics]) -> String {
     block_families(&mut text);
     net_families(&mut text);
     vsock_families(&mut text);
+    balloon_families(&mut text);
     serial_families(&mut text);
     text.out
 }
@@ -229,6 +231,42 @@ fn vsock_families(text: &mut Text<'_>) {
     let help = "Resets of connections that were sent to the driver.";
     text.devices("kiln_vsock_resets_total", help, |device| {
         device.vsock.as_ref().map(|vsock| vsock.resets)
+    });
+}
+
+fn balloon_families(text: &mut Text<'_>) {
+    let mut each = |name, kind, help, value: fn(&BalloonMetrics) -> u64| {
+        text.family(name, kind, help, |vm, samples| {
+            for device in &vm.devices {
+                if let Some(balloon) = &device.balloon {
+                    samples.add(&[("device", &device.name)], value(balloon));
+                }
+            }
+        });
+    };
+    let help = "RAM of the guest that is to be in the balloon.";
+    each("kiln_balloon_target_bytes", GAUGE, help, |of| {
+        of.target_bytes
+    });
+    let help = "RAM of the guest that is in the balloon, as its driver says.";
+    each("kiln_balloon_actual_bytes", GAUGE, help, |of| {
+        of.actual_bytes
+    });
+    let help = "Bytes that came into the balloon, and were given back to the host.";
+    each("kiln_balloon_inflated_bytes_total", COUNTER, help, |of| {
+        of.inflated_bytes
+    });
+    let help = "Bytes that the driver took out of the balloon.";
+    each("kiln_balloon_deflated_bytes_total", COUNTER, help, |of| {
+        of.deflated_bytes
+    });
+    let help = "Bytes that were reported as free, and given back to the host.";
+    each("kiln_balloon_reported_bytes_total", COUNTER, help, |of| {
+        of.reported_bytes
+    });
+    let help = "Times that the host did not take memory back.";
+    each("kiln_balloon_failures_total", COUNTER, help, |of| {
+        of.failures
     });
 }
 

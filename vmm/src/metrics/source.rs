@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 
 use kiln_devices::legacy::serial::SerialCounters;
 use kiln_devices::virtio::LatencyHistogram;
+use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_devices::virtio::block::BlockCounters;
 use kiln_devices::virtio::net::NetCounters;
 use kiln_devices::virtio::vsock::VsockCounters;
 use kiln_virtio_device::{DeviceCounters, QueueCounters};
 
 use super::{
-    BlockMetrics, DeviceMetrics, LatencyBucket, LatencyMetrics, Metrics, NetMetrics, QueueMetrics,
-    SerialMetrics, VcpuMetrics, VsockMetrics,
+    BalloonMetrics, BlockMetrics, DeviceMetrics, LatencyBucket, LatencyMetrics, Metrics,
+    NetMetrics, QueueMetrics, SerialMetrics, VcpuMetrics, VsockMetrics,
 };
 use crate::{ExitCounts, VmState};
 
@@ -22,6 +23,7 @@ pub(crate) enum Work {
     Block(Arc<BlockCounters>),
     Net(Arc<NetCounters>),
     Vsock(Arc<VsockCounters>),
+    Balloon(BalloonControl),
     /// Nothing.
     Other,
 }
@@ -129,11 +131,13 @@ fn device(from: &Device) -> DeviceMetrics {
         block: None,
         net: None,
         vsock: None,
+        balloon: None,
     };
     match &from.work {
         Work::Block(counters) => metrics.block = Some(block(counters)),
         Work::Net(counters) => metrics.net = Some(net(counters)),
         Work::Vsock(counters) => metrics.vsock = Some(vsock(counters)),
+        Work::Balloon(control) => metrics.balloon = Some(balloon(control)),
         Work::Other => {}
     }
     metrics
@@ -188,6 +192,18 @@ fn vsock(from: &VsockCounters) -> VsockMetrics {
         tx_packets: get(&from.tx_packets),
         tx_bytes: get(&from.tx_bytes),
         tx_dropped: get(&from.tx_dropped),
+    }
+}
+
+fn balloon(from: &BalloonControl) -> BalloonMetrics {
+    let counters = from.counters();
+    BalloonMetrics {
+        target_bytes: from.target().as_bytes(),
+        actual_bytes: from.actual().as_bytes(),
+        inflated_bytes: get(&counters.inflated_bytes),
+        deflated_bytes: get(&counters.deflated_bytes),
+        reported_bytes: get(&counters.reported_bytes),
+        failures: get(&counters.failures),
     }
 }
 

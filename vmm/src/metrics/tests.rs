@@ -6,9 +6,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use kiln_devices::legacy::serial::SerialCounters;
+use kiln_devices::virtio::balloon::{Balloon, BalloonOptions};
 use kiln_devices::virtio::block::BlockCounters;
 use kiln_devices::virtio::net::NetCounters;
 use kiln_devices::virtio::vsock::VsockCounters;
+use kiln_memory::MemorySize;
 use kiln_virtio_device::DeviceCounters;
 
 use super::*;
@@ -41,6 +43,13 @@ fn metrics(name: Option<&str>) -> Metrics {
     devices.add("disk 0", Arc::new(disk), Work::Block(Arc::new(block)));
     devices.add("net 0", Arc::default(), Work::Net(Arc::new(net)));
     devices.add("vsock", Arc::default(), Work::Vsock(Arc::new(vsock)));
+    let options = BalloonOptions {
+        target: MemorySize::mib(1),
+        ..BalloonOptions::default()
+    };
+    let balloon = Balloon::new(MemorySize::mib(2), options).unwrap().control();
+    set(&balloon.counters().reported_bytes, 10);
+    devices.add("balloon", Arc::default(), Work::Balloon(balloon));
     devices.add("mine", Arc::default(), Work::Other);
     devices.add("mine", Arc::default(), Work::Other);
     let source = MetricsSource::new(name.map(str::to_owned), Arc::new(serial), devices);
@@ -71,7 +80,10 @@ fn metrics_in_json_read_back() {
 #[test]
 fn two_devices_of_one_name_are_told_apart() {
     let names: Vec<_> = metrics(None).devices.into_iter().map(|d| d.name).collect();
-    assert_eq!(names, ["disk 0", "net 0", "vsock", "mine", "mine (2)"]);
+    assert_eq!(
+        names,
+        ["disk 0", "net 0", "vsock", "balloon", "mine", "mine (2)"]
+    );
 }
 
 #[test]
@@ -101,6 +113,8 @@ kiln_vcpu_exits_total{vm=\"a\",vcpu=\"0\",kind=\"pio_in\"} 0
         "kiln_net_bytes_total{vm=\"a\",device=\"net 0\",direction=\"tx\"} 60",
         "kiln_vsock_open{vm=\"a\",device=\"vsock\"} 8",
         "kiln_vsock_connections_total{vm=\"a\",device=\"vsock\",from=\"host\"} 9",
+        "kiln_balloon_target_bytes{vm=\"a\",device=\"balloon\"} 1048576",
+        "kiln_balloon_reported_bytes_total{vm=\"a\",device=\"balloon\"} 10",
         "kiln_serial_bytes_total{vm=\"a\",direction=\"input\"} 3",
     ] {
         assert!(text.lines().any(|found| found == line), "{line}\n{text}");
