@@ -5,8 +5,8 @@ use quote::ToTokens;
 use syn::punctuated::Punctuated;
 use syn::visit_mut::VisitMut;
 use syn::{
-    Attribute, Fields, Generics, ImplItem, Item, ItemEnum, ItemImpl, ItemTrait, Meta, Path, Token,
-    TraitItem, Type,
+    Attribute, Fields, GenericArgument, Generics, ImplItem, Item, ItemEnum, ItemImpl, ItemTrait,
+    Meta, Path, PathArguments, Token, TraitItem, Type,
 };
 
 use super::names::{Names, Space, Target};
@@ -437,12 +437,10 @@ impl<'a> List<'a> {
         let name = self.source.name(target, &self.surface.paths);
         let mut names = self.names(module).with(&item.generics);
         let block = header(item);
-        // Only a block with parameters or arguments says something that the path does not.
-        let is_plain = block == format!("impl {}", name.join("::"));
-        let block = if is_plain {
-            String::new()
-        } else {
+        let block = if says_more(item) {
             format!(" in {block}")
+        } else {
+            String::new()
         };
         for each in &item.items {
             let (path, attributes, line) = match each {
@@ -490,6 +488,25 @@ impl<'a> List<'a> {
             self.push(path.clone(), Vec::new(), line);
         }
     }
+}
+
+/// Returns whether an `impl` block of a type says more than which type it is of: parameters,
+/// conditions or arguments, but for lifetimes.
+fn says_more(item: &ItemImpl) -> bool {
+    let Type::Path(path) = &*item.self_ty else {
+        return true;
+    };
+    let arguments = path.path.segments.last().map(|last| &last.arguments);
+    let is_lifetime = |argument: &GenericArgument| matches!(argument, GenericArgument::Lifetime(_));
+    let has_arguments = match arguments {
+        Some(PathArguments::AngleBracketed(list)) => !list.args.iter().all(is_lifetime),
+        Some(PathArguments::Parenthesized(_)) => true,
+        _ => false,
+    };
+    let lifetimes = item.generics.lifetimes();
+    has_arguments
+        || item.generics.where_clause.is_some()
+        || lifetimes.count() < item.generics.params.len()
 }
 
 /// Returns what an `impl` block begins with.

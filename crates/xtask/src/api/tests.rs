@@ -126,11 +126,15 @@ fn implementations_are_listed_unless_users_cannot_name_what_they_are_of() {
             fn private(&self) {}
         }
         impl Iterator for S<u8> { type Item = Mutex<u8>; fn next(&mut self) -> Option<Mutex<u8>> { None } }
+        pub struct L<'a>(&'a u8);
+        impl<'a> L<'a> { pub fn get(&self) -> &'a u8 { self.0 } }
         impl<T> Secret for S<T> {}
         impl Open for Hidden {}
         impl<T: Open + ?Sized> Open for Box<T> {}
         unsafe impl<T> Send for S<T> {}",
         &[
+            "pub struct demo::L<'a>(_)",
+            "pub fn demo::L::get(&self) -> &'a u8",
             "pub trait demo::Open",
             "impl<T: demo::Open + ?Sized> demo::Open for Box<T>",
             "pub struct demo::S<T>(_)",
