@@ -21,11 +21,12 @@ pub const SERIES: [&str; 2] = ["6.1", "6.12"];
 const NESTED_SERIES: &str = "6.12";
 
 /// What a guest loads: the transports and devices of virtio, the power button, and panic reports.
-const GUEST_MODULES: [&str; 8] = [
+const GUEST_MODULES: [&str; 9] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
+    "virtio_balloon",
     "vmw_vsock_virtio_transport",
     "button",
     "evdev",
