@@ -4,7 +4,7 @@
 //! - [`initrd`]: extending an initrd with the script that a guest runs;
 //! - [`nested`]: a Linux with a real `/dev/kvm` on any host, that runs any of the host's programs;
 //! - [`host`]: what this machine's own KVM can do, and [`place`]: running guests where they run;
-//! - [`bench`]: Kiln measured beside others;
+//! - [`mod@bench`]: Kiln measured beside others;
 //! - [`boot`] and [`mod@test`]: the two commands for users; [`cargo`]: what they build with;
 //! - [`api`]: the public interfaces of the published crates, listed and compared;
 //! - [`packages`]: the Debian packages that all this takes, installed when missing;
