@@ -17,20 +17,21 @@ use kiln_vmm::Transport;
 use kiln_xtask::initrd;
 
 kiln_tests::over_every_transport!(
-    a_bzimage_boots_in_128_mib,
-    a_bzimage_boots_with_4_vcpus_and_5_gib,
-    a_vmlinux_boots_by_the_64_bit_protocol,
-    a_vmlinux_boots_by_pvh,
-    an_initrd_is_delivered_exactly,
     what_a_guest_has_synced_is_on_its_disk,
     a_read_only_disk_stays_as_it_is,
     disks_keep_their_order_their_ids_and_their_bytes,
     a_network_carries_pings_and_streams_both_ways,
     two_network_interfaces_keep_their_addresses,
+    the_login_prompt_takes_what_is_typed;
+    without devices:
+    a_bzimage_boots_in_128_mib,
+    a_bzimage_boots_with_4_vcpus_and_5_gib,
+    a_vmlinux_boots_by_the_64_bit_protocol,
+    a_vmlinux_boots_by_pvh,
+    an_initrd_is_delivered_exactly,
     each_end_of_a_linux_guest_is_told_apart,
     a_signal_presses_the_power_button_that_the_guest_sees,
     a_second_signal_stops_a_guest_that_does_not_care,
-    the_login_prompt_takes_what_is_typed,
 );
 
 const READY: &str = "kiln-power-button: ready";

@@ -144,13 +144,14 @@ fn linux(filter: Option<&str>) -> Result<()> {
     let kiln = cargo::build_kiln()?;
     let tests = cargo::build_integration_tests()?;
     // One nested machine for all of them. Tests with guests are marked as ignored, since plain
-    // `cargo test` cannot run them on every machine.
+    // `cargo test` cannot run them on every machine. Without a filter those are left out that are
+    // over PCI already and have no device for which the transport would make a difference.
     let script = r#"
         kiln=$1; filter=$2; shift 2
         status=0
         for test; do
             echo "Running $test"
-            KILN=$kiln "$test" --include-ignored ${filter:+"$filter"} || status=1
+            KILN=$kiln "$test" --include-ignored "${filter:---skip=then_mmio_in_full}" || status=1
         done
         exit $status"#;
     let mut command: Vec<OsString> = ["sh", "-c", script, "sh"].map(Into::into).into();
