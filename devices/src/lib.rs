@@ -12,7 +12,7 @@
 //! | [`legacy`] | what a PC has: [serial port](legacy::serial), [i8042](legacy::I8042), [CMOS RTC](legacy::Rtc), [I/O APIC](legacy::IoApic) |
 //! | [`acpi`] | what ACPI describes: [power management and power button](acpi::PowerManagement), [pvpanic](acpi::PvPanic) |
 //! | [`virtio`] | virtio devices |
-//! | [`console`] | what may be at the host's end of a [serial port](legacy::serial) or of a virtio console |
+//! | [`console`] | what may be at the host's end of a [serial port](legacy::serial) or of a [virtio console](virtio::console) |
 //! | [`rate_limit`] | limits on how much may be done in a time |
 //! | `socket_file` | Unix sockets that listen at a path |
 //!

@@ -82,8 +82,8 @@ pub trait QueueHandler: Send + 'static {
         None
     }
 
-    /// The work on this queue ends after this call, which completes what is still in flight. A
-    /// handler that completes every chain where it takes it has nothing to do.
+    /// The work on this queue ends after this call, which completes what is still in flight, or puts
+    /// it back. A handler that completes every chain where it takes it has nothing to do.
     fn drain(&mut self, turn: &mut Turn<'_>) {
         let _ = turn;
     }
@@ -261,6 +261,7 @@ impl<H: QueueHandler> Runner<H> {
         for queue in &mut self.queues {
             let mut turn = Turn::new(queue, &self.memory);
             self.handler.drain(&mut turn);
+            turn.take_back();
             if turn.take_added().unwrap_or(false) {
                 self.interrupt.0.trigger(InterruptEvent::Queue(queue.index));
             }

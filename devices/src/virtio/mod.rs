@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`balloon`] | [`Balloon`](balloon::Balloon): RAM of the guest for the host |
 //! | [`block`] | [`Block`](block::Block), and raw files as disks |
+//! | [`console`] | [`VirtioConsole`](console::VirtioConsole): a console of the guest, and named ports |
 //! | [`net`] | [`Net`](net::Net), and taps as its cable |
 //! | [`rng`] | [`Rng`](rng::Rng): random numbers of the host for the guest |
 //! | [`vsock`] | [`Vsock`](vsock::Vsock): streams between programs of the guest and of the host |
@@ -13,6 +14,7 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 #[cfg(test)]
 mod hostile;
 mod iovec;

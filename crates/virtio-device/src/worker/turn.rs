@@ -214,7 +214,7 @@ impl<'m> Turn<'m> {
     }
 
     /// Makes chains that were put back available to `pop` again.
-    fn take_back(&mut self) {
+    pub(super) fn take_back(&mut self) {
         let next = self.queue.next_avail().wrapping_sub(self.returned);
         self.queue.set_next_avail(next);
         self.returned = 0;
