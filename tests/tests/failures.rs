@@ -5,18 +5,26 @@
 //! library's own.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
 use std::mem::MaybeUninit;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use kiln_tests::machines::{belongings, builder};
 use kiln_tests::{guests, host};
 use kiln_vmm::{Console, ConsoleInput, ConsoleOutput, Disk, Vm, VmBuilder, VmExit, VmHandle};
 
+thread_local! {
+    /// Whether this is the thread of the test.
+    static IS_TEST: Cell<bool> = const { Cell::new(false) };
+}
+/// Whether calls of the test's thread count, or those of all others: counted together, they would
+/// come in another order each time.
+static ON_TEST: AtomicBool = AtomicBool::new(true);
 /// How many calls from now the one that fails is; below zero where none does.
 static COUNTDOWN: AtomicI64 = AtomicI64::new(-1);
 /// What failed.
@@ -24,8 +32,9 @@ static FAILED: Mutex<Option<&'static str>> = Mutex::new(None);
 
 /// Whether this call is the one that is to fail.
 fn is_to_fail(name: &'static str) -> bool {
-    let mine =
-        COUNTDOWN.load(Ordering::SeqCst) >= 0 && COUNTDOWN.fetch_sub(1, Ordering::SeqCst) == 0;
+    let mine = IS_TEST.get() == ON_TEST.load(Ordering::SeqCst)
+        && COUNTDOWN.load(Ordering::SeqCst) >= 0
+        && COUNTDOWN.fetch_sub(1, Ordering::SeqCst) == 0;
     if mine {
         *FAILED.lock().unwrap() = Some(name);
     }
@@ -113,8 +122,10 @@ unsafe extern "C" fn read(fd: c_int, to: *mut c_void, count: usize) -> isize {
 
 /// Does `what` with the call that comes after `skip` others failing; says which failed, if so many
 /// were made at all.
-fn failing<T>(skip: i64, what: impl FnOnce() -> T) -> (T, Option<&'static str>) {
+fn failing<T>(on_test: bool, skip: i64, what: impl FnOnce() -> T) -> (T, Option<&'static str>) {
     *FAILED.lock().unwrap() = None;
+    IS_TEST.set(true);
+    ON_TEST.store(on_test, Ordering::SeqCst);
     COUNTDOWN.store(skip, Ordering::SeqCst);
     let result = what();
     COUNTDOWN.store(-1, Ordering::SeqCst);
@@ -135,13 +146,19 @@ fn rich(builder: VmBuilder, folder: &Path) -> Result<VmBuilder, Box<dyn std::err
         .disk(Disk::open_read_only(folder.join("other"))?))
 }
 
-#[test]
-fn a_machine_whose_making_fails_at_any_step_leaves_nothing() {
-    let host = host!();
+/// A folder with the files of [`rich`].
+fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for (name, size) in [("initrd", 10_000), ("disk", 1 << 20), ("other", 1 << 20)] {
         std::fs::write(folder.path().join(name), vec![1; size]).unwrap();
     }
+    folder
+}
+
+#[test]
+fn a_machine_whose_making_fails_at_any_step_leaves_nothing() {
+    let host = host!();
+    let folder = folder();
     let build = || -> Result<Vm, Box<dyn std::error::Error>> {
         Ok(rich(builder(&host, guests::power_off()), folder.path())?.build()?)
     };
@@ -149,56 +166,66 @@ fn a_machine_whose_making_fails_at_any_step_leaves_nothing() {
     let exit = build().unwrap().start().unwrap().wait().unwrap();
     assert_eq!(exit, VmExit::Shutdown);
 
-    let before = belongings();
-    let mut failed = BTreeMap::new();
-    for step in 0.. {
-        let (built, call) = failing(step, build);
-        let Some(call) = call else { break };
-        *failed.entry(call).or_insert(0) += 1;
-        match built {
-            Err(error) => {
-                let text = error.to_string();
-                assert!(!text.is_empty() && !text.contains('\n'), "{call}: {text}");
-            }
-            // What failed could be done without: then the machine works.
-            Ok(vm) => assert_eq!(
-                vm.start().unwrap().wait().unwrap(),
-                VmExit::Shutdown,
-                "{call}"
-            ),
-        }
-        assert_eq!(belongings(), before, "after step {step}, {call}");
-    }
-    eprintln!("building: {failed:?}");
-    for call in [
-        "ioctl",
-        "mmap",
-        "eventfd",
-        "epoll_ctl",
-        "open64",
-        "read",
-        "pthread_create",
+    for (on_test, expected) in [
+        (
+            true,
+            &[
+                "ioctl",
+                "mmap",
+                "eventfd",
+                "open64",
+                "read",
+                "pthread_create",
+            ][..],
+        ),
+        (false, &["eventfd", "epoll_create1", "epoll_ctl"]),
     ] {
-        assert!(failed.contains_key(call), "no {call} in {failed:?}");
+        let before = belongings();
+        let mut failed = BTreeMap::new();
+        for step in 0.. {
+            let (built, call) = failing(on_test, step, build);
+            let Some(call) = call else { break };
+            *failed.entry(call).or_insert(0) += 1;
+            match built {
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(!text.is_empty() && !text.contains('\n'), "{call}: {text}");
+                }
+                // What failed could be done without: then the machine works.
+                Ok(vm) => {
+                    let exit = vm.start().unwrap().wait().unwrap();
+                    assert_eq!(exit, VmExit::Shutdown, "{call}");
+                }
+            }
+            assert_eq!(belongings(), before, "after step {step}, {call}");
+        }
+        eprintln!("building, on the test's thread: {on_test}: {failed:?}");
+        for call in expected {
+            assert!(failed.contains_key(call), "no {call} in {failed:?}");
+        }
     }
 
-    let mut failed = BTreeMap::new();
-    for step in 0.. {
-        let vm = build().unwrap();
-        let (started, call) = failing(step, || {
-            vm.start().map(|handle: VmHandle| handle.wait().unwrap())
-        });
-        let Some(call) = call else { break };
-        *failed.entry(call).or_insert(0) += 1;
-        if let Ok(exit) = started {
-            assert_ne!(exit, VmExit::Stopped, "{call}");
+    for on_test in [true, false] {
+        let before = belongings();
+        let mut failed = BTreeMap::new();
+        for step in 0.. {
+            let vm = build().unwrap();
+            let (started, call) = failing(on_test, step, || {
+                vm.start().map(|handle: VmHandle| handle.wait().unwrap())
+            });
+            let Some(call) = call else { break };
+            *failed.entry(call).or_insert(0) += 1;
+            if let Ok(exit) = started {
+                assert_ne!(exit, VmExit::Stopped, "{call}");
+            }
+            assert_eq!(
+                belongings(),
+                before,
+                "after the start's step {step}, {call}"
+            );
         }
-        assert_eq!(
-            belongings(),
-            before,
-            "after the start's step {step}, {call}"
-        );
+        eprintln!("starting, on the test's thread: {on_test}: {failed:?}");
+        let expected = if on_test { "pthread_create" } else { "ioctl" };
+        assert!(failed.contains_key(expected), "{failed:?}");
     }
-    eprintln!("starting: {failed:?}");
-    assert!(failed.contains_key("pthread_create"), "{failed:?}");
 }

@@ -332,7 +332,7 @@ fn a_hundred_machines_live_in_one_process_and_leave_nothing() {
         }
         for machine in &machines {
             machine.stop();
-            assert_eq!(machine.try_wait().unwrap(), Some(VmExit::Stopped));
+            assert_eq!(end(machine), VmExit::Stopped);
         }
     }
     assert_eq!(belongings(), before);

@@ -230,19 +230,17 @@ impl Subscriber {
         event
     }
 
-    /// Adds an event, or says that none will follow.
-    fn put(&self, event: Option<VmEvent>) {
+    /// Adds an event, if there is one, and says whether it is the last.
+    fn put(&self, event: Option<VmEvent>, is_last: bool) {
         let mut state = self.lock();
-        match event {
-            Some(event) => {
-                if state.queue.len() == CAPACITY {
-                    state.queue.pop_front();
-                    state.missed += 1;
-                }
-                state.queue.push_back(event);
+        if let Some(event) = event {
+            if state.queue.len() == CAPACITY {
+                state.queue.pop_front();
+                state.missed += 1;
             }
-            None => state.closed = true,
+            state.queue.push_back(event);
         }
+        state.closed |= is_last;
         // It fails only where the counter is full, and then it is readable.
         let _ = self.ready.write(1);
         self.arrived.notify_all();
@@ -276,8 +274,7 @@ impl EventSource {
         });
         let mut listeners = self.lock();
         if let Some(exit) = &listeners.end {
-            subscriber.put(Some(VmEvent::Ended(exit.clone())));
-            subscriber.put(None);
+            subscriber.put(Some(VmEvent::Ended(exit.clone())), true);
         } else {
             listeners.subscribers.retain(|one| one.strong_count() > 0);
             listeners.subscribers.push(Arc::downgrade(&subscriber));
@@ -293,9 +290,8 @@ impl EventSource {
     /// The last event.
     pub(crate) fn end(&self, exit: &VmExit) {
         let mut listeners = self.lock();
-        listeners.send(&VmEvent::Ended(exit.clone()));
+        listeners.close(Some(&VmEvent::Ended(exit.clone())));
         listeners.end = Some(exit.clone());
-        listeners.close();
     }
 
     fn lock(&self) -> MutexGuard<'_, Listeners> {
@@ -308,19 +304,20 @@ impl EventSource {
 impl Listeners {
     fn send(&self, event: &VmEvent) {
         for subscriber in self.subscribers.iter().filter_map(Weak::upgrade) {
-            subscriber.put(Some(event.clone()));
+            subscriber.put(Some(event.clone()), false);
         }
     }
 
-    fn close(&mut self) {
+    /// Ends all streams, with an event where there is a last one.
+    fn close(&mut self, last: Option<&VmEvent>) {
         for subscriber in self.subscribers.drain(..).filter_map(|one| one.upgrade()) {
-            subscriber.put(None);
+            subscriber.put(last.cloned(), true);
         }
     }
 }
 
 impl Drop for EventSource {
     fn drop(&mut self) {
-        self.lock().close();
+        self.lock().close(None);
     }
 }
