@@ -24,10 +24,13 @@ const LOADFLAGS: usize = 0x211;
 const INITRD_ADDR_MAX: usize = 0x22c;
 const XLOADFLAGS: usize = 0x236;
 const CMDLINE_SIZE: usize = 0x238;
+const PAYLOAD_LENGTH: usize = 0x24c;
 const PREF_ADDRESS: usize = 0x258;
 const INIT_SIZE: usize = 0x260;
 
 const SECTOR: u64 = 512;
+/// The unit of `syssize`.
+const PARAGRAPH: u64 = 16;
 /// Of `setup_sects`, where it says 0.
 const DEFAULT_SETUP_SECTS: u64 = 4;
 const MIN_VERSION: u16 = 0x020c;
@@ -92,8 +95,14 @@ impl BzImage {
             sectors => u64::from(sectors),
         };
         let setup_size = (setup_sects + 1) * SECTOR;
-        let system_size = u64::from(u32_at(head, SYSSIZE)) * 16;
-        let needs = (setup_size + system_size).max(pe);
+        let system_size = u64::from(u32_at(head, SYSSIZE)) * PARAGRAPH;
+        // Linux fills its last paragraph up. Programs that only borrow its format may not; they
+        // have no payload to unpack.
+        let slack = match u32_at(head, PAYLOAD_LENGTH) {
+            0 => PARAGRAPH - 1,
+            _ => 0,
+        };
+        let needs = (setup_size + system_size.saturating_sub(slack)).max(pe);
         if len < needs {
             return Err(KernelProblem::Truncated { has: len, needs });
         }

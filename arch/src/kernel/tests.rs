@@ -34,6 +34,8 @@ pub(crate) fn bzimage() -> Vec<u8> {
         (0x234, &[1, 21]),
         (0x236, &0x3f_u16.to_le_bytes()),
         (0x238, &2047_u32.to_le_bytes()),
+        (0x248, &0x300_u32.to_le_bytes()),
+        (0x24c, &0x4000_u32.to_le_bytes()),
         (0x258, &LOAD.to_le_bytes()),
         (0x260, &(8 * MIB as u32).to_le_bytes()),
         // Behind the header: the guest must not see this.
@@ -178,6 +180,19 @@ fn the_protocol_can_be_chosen_where_the_kernel_has_it() {
             .contains("its entry at 0xffffffff81000000"),
         "{error}"
     );
+}
+
+#[test]
+fn a_program_without_a_payload_may_leave_its_last_paragraph_unfilled() {
+    // As memtest86+ does.
+    let image = patched(bzimage(), 0x24c, &[0; 4]);
+    assert!(open(&image[..image.len() - 15]).is_ok());
+    for cut in [16, 17, 512] {
+        assert!(matches!(
+            problem(&image[..image.len() - cut]),
+            KernelProblem::Truncated { .. }
+        ));
+    }
 }
 
 #[test]
