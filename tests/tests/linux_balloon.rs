@@ -54,7 +54,12 @@ const FILL_TWICE: &str = "
     dmesg | grep -E 'BUG:|Oops|Bad page'; true";
 
 fn free_memory_of_a_guest_gets_back_to_the_host(transport: Transport) {
-    for series in ["6.1", "6.12"] {
+    // A boot takes its time: what the transport has no part in is tried over one.
+    let series: &[&str] = match transport {
+        Transport::Pci => &["6.1", "6.12"],
+        _ => &["6.12"],
+    };
+    for series in series {
         let linux = Linux::new(series, transport)
             .arg("--memory")
             .arg("768M")
@@ -124,7 +129,11 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
 }
 
 fn a_balloon_takes_memory_and_lets_the_guest_have_it_again(transport: Transport) {
-    for backing in [Backing::Anonymous, Backing::Memfd] {
+    let backings: &[Backing] = match transport {
+        Transport::Pci => &[Backing::Anonymous, Backing::Memfd],
+        _ => &[Backing::Memfd],
+    };
+    for &backing in backings {
         let (handle, printed, _folder) = start(transport, backing);
         wait_until("a guest that is ready", || {
             printed.text().contains("kiln-power-button: ready")
@@ -157,7 +166,10 @@ fn a_balloon_takes_memory_and_lets_the_guest_have_it_again(transport: Transport)
         wait_until("an empty balloon", || {
             balloon.actual() == MemorySize::bytes(0)
         });
-        assert!(statistics().free.unwrap() > before.free.unwrap() - 16 * MIB);
+        // Linux keeps some of what was freed aside, for each processor, and does not count it.
+        let after = statistics();
+        let returned = after.free.unwrap() - inside.free.unwrap();
+        assert!(returned > 96 * MIB, "{inside:?} {after:?}");
         handle.power_button();
         let exit = handle.wait_timeout(PATIENCE).unwrap();
         assert_eq!(exit, Some(VmExit::Shutdown), "{}", printed.text());
