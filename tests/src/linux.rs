@@ -71,6 +71,11 @@ impl Linux {
             Ok(kernel) => kernel,
             Err(error) => panic!("{error:#}"),
         };
+        Self::of(kernel, transport)
+    }
+
+    /// A guest with this kernel, else as [`Linux::new`].
+    pub fn of(kernel: &'static Kernel, transport: Transport) -> Self {
         #[allow(clippy::panic)]
         let folder = match tempfile::tempdir() {
             Ok(folder) => folder,

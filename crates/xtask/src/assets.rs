@@ -3,6 +3,8 @@
 //! All of it is kept in `guest/` in cargo's target folder, and made once: a kernel is kept under
 //! its package's name and version, what is made from our own files under a hash of them. Each
 //! thing is made under a temporary name and then renamed, so it is whole if it is there.
+//!
+//! [`distribution`] has what more Debian ships for a machine to boot, which takes minutes to fetch.
 
 use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher as _};
@@ -15,8 +17,13 @@ use crate::initrd::{self, Busybox};
 use crate::modules::{self, Module};
 use crate::{bzimage, packages, paths, process, root};
 
+mod distribution;
+pub use distribution::{Distribution, Installer, KERNELS, System, distribution};
+
 /// The series of Debian's kernels that guests are tried with.
 pub const SERIES: [&str; 2] = ["6.1", "6.12"];
+/// The flavour of them: without drivers of hardware that no cloud has.
+const FLAVOUR: &str = "cloud-amd64";
 /// The series that the nested machine runs.
 const NESTED_SERIES: &str = "6.12";
 
@@ -54,6 +61,8 @@ pub struct Guest {
 pub struct Kernel {
     /// The series, such as `6.12`.
     pub series: &'static str,
+    /// The flavour, such as `cloud-amd64`.
+    pub flavour: &'static str,
     /// The whole release, as `uname -r` in the guest prints it.
     pub release: String,
     /// The kernel as Debian ships it.
@@ -93,7 +102,7 @@ impl Guest {
 /// When something cannot be fetched or made.
 pub fn guest() -> Result<Guest> {
     let store = Store::open()?;
-    let kernels = SERIES.map(|series| guest_kernel(&store, series));
+    let kernels = SERIES.map(|series| guest_kernel(&store, series, FLAVOUR, &[]));
     Ok(Guest {
         kernels: kernels.into_iter().collect::<Result<_>>()?,
         root: root::image(&store)?,
@@ -108,7 +117,7 @@ pub fn guest() -> Result<Guest> {
 pub fn update() -> Result<Guest> {
     let store = Store::open()?;
     for series in SERIES {
-        store.fetch_kernel(series)?;
+        store.fetch_kernel(series, FLAVOUR)?;
     }
     drop(store);
     guest()
@@ -116,7 +125,7 @@ pub fn update() -> Result<Guest> {
 
 pub(crate) fn nested() -> Result<Nested> {
     let store = Store::open()?;
-    let kernel = store.kernel(NESTED_SERIES)?;
+    let kernel = store.kernel(NESTED_SERIES, FLAVOUR)?;
     let busybox = Busybox::installed()?;
     let inputs = (
         &kernel.folder,
@@ -136,24 +145,29 @@ pub(crate) fn nested() -> Result<Nested> {
     })
 }
 
-fn guest_kernel(store: &Store, series: &'static str) -> Result<Kernel> {
-    let kernel = store.kernel(series)?;
+/// Returns a kernel with an initrd that loads `more` modules than all guests do.
+fn guest_kernel(
+    store: &Store,
+    series: &'static str,
+    flavour: &'static str,
+    more: &[&str],
+) -> Result<Kernel> {
+    let kernel = store.kernel(series, flavour)?;
     let busybox = Busybox::installed()?;
+    let wanted = [&GUEST_MODULES, more].concat();
     let inputs = (
         &kernel.folder,
-        GUEST_MODULES,
+        &wanted,
         &busybox,
         initrd::GUEST_FILES,
         initrd::GUEST_COMMANDS,
     );
-    let initrd = store.keep(&format!("initrd-{series}"), inputs, |to| {
-        write(
-            to,
-            &initrd::guest(&busybox, &kernel.modules(&GUEST_MODULES)?),
-        )
+    let initrd = store.keep(&format!("initrd-{series}-{flavour}"), inputs, |to| {
+        write(to, &initrd::guest(&busybox, &kernel.modules(&wanted)?))
     })?;
     Ok(Kernel {
         series,
+        flavour,
         bzimage: kernel.folder.join("bzImage"),
         vmlinux: kernel.folder.join("vmlinux"),
         release: kernel.release,
@@ -258,21 +272,21 @@ impl Store {
         fs::rename(from, to).with_context(|| format!("make {}", to.display()))
     }
 
-    /// Returns the newest kernel of a series that is in the store, or fetches it.
-    fn kernel(&self, series: &str) -> Result<Unpacked> {
-        match self.newest(series)? {
+    /// Returns the newest kernel of a series and flavour that is in the store, or fetches it.
+    fn kernel(&self, series: &str, flavour: &str) -> Result<Unpacked> {
+        match self.newest(series, flavour)? {
             Some(kernel) => Ok(kernel),
-            None => self.fetch_kernel(series),
+            None => self.fetch_kernel(series, flavour),
         }
     }
 
-    fn newest(&self, series: &str) -> Result<Option<Unpacked>> {
+    fn newest(&self, series: &str, flavour: &str) -> Result<Option<Unpacked>> {
         // Folders are named `PACKAGE_VERSION`.
         let names = self.names()?;
         let package = |name: &str| name.split_once('_').map(|(package, _)| package.to_owned());
         let packages: Vec<_> = names.iter().filter_map(|name| package(name)).collect();
         let packages = packages.join("\n");
-        let Some(newest) = packages::newest_kernel(&packages, series) else {
+        let Some(newest) = packages::newest_kernel(&packages, series, flavour) else {
             return Ok(None);
         };
         let newest = names
@@ -294,24 +308,20 @@ impl Store {
         }
     }
 
-    fn fetch_kernel(&self, series: &str) -> Result<Unpacked> {
-        let temporary = self.temporary()?;
-        let deb = download(series, temporary.path())?;
-        let stem = deb.file_stem().unwrap_or_default().to_string_lossy();
-        let name = stem.strip_suffix("_amd64").unwrap_or(&stem);
+    fn fetch_kernel(&self, series: &str, flavour: &str) -> Result<Unpacked> {
+        let package = self.fetch(|| {
+            let names =
+                process::output(process::tied("apt-cache").args(["pkgnames", "linux-image-"]))?;
+            let package = packages::newest_kernel(&names, series, flavour)
+                .with_context(|| format!("Debian's lists have no kernel {series}-{flavour}"))?;
+            Ok(package.to_owned())
+        })?;
+        let (name, contents) = (&package.name, &package.contents);
         let kernel = self.unpacked(name);
         if kernel.folder.exists() {
             return Ok(kernel);
         }
-        eprintln!("xtask: unpacking {name}");
-        let contents = temporary.path().join("contents");
-        process::run(
-            process::tied("dpkg-deb")
-                .arg("--extract")
-                .arg(&deb)
-                .arg(&contents),
-        )?;
-        let made = temporary.path().join("kernel");
+        let made = package.temporary.path().join("kernel");
         fs::create_dir(&made).with_context(|| format!("make {}", made.display()))?;
         let bzimage = made.join("bzImage");
         let vmlinuz = contents.join(format!("boot/vmlinuz-{}", kernel.release));
@@ -329,14 +339,42 @@ impl Store {
         self.rename(&made, &kernel.folder)?;
         Ok(kernel)
     }
+
+    /// Downloads and unpacks the package that `choose` finds in Debian's lists.
+    fn fetch(&self, choose: impl Fn() -> Result<String>) -> Result<Package> {
+        let temporary = self.temporary()?;
+        let deb = download(choose, temporary.path())?;
+        let stem = deb.file_stem().unwrap_or_default().to_string_lossy();
+        // `PACKAGE_VERSION_ARCHITECTURE`
+        let name = stem.rsplit_once('_').map_or(&*stem, |(name, _)| name);
+        eprintln!("xtask: unpacking {name}");
+        let contents = temporary.path().join("contents");
+        process::run(
+            process::tied("dpkg-deb")
+                .arg("--extract")
+                .arg(&deb)
+                .arg(&contents),
+        )?;
+        Ok(Package {
+            name: name.to_owned(),
+            contents,
+            temporary,
+        })
+    }
 }
 
-/// Downloads the package of the newest kernel of `series` into `folder`, and returns its path.
-fn download(series: &str, folder: &Path) -> Result<PathBuf> {
+/// A package, downloaded and unpacked.
+struct Package {
+    /// `PACKAGE_VERSION`
+    name: String,
+    contents: PathBuf,
+    temporary: tempfile::TempDir,
+}
+
+/// Downloads the package that `choose` finds in Debian's lists into `folder`, and returns its path.
+fn download(choose: impl Fn() -> Result<String>, folder: &Path) -> Result<PathBuf> {
     let attempt = || -> Result<()> {
-        let names = process::output(process::tied("apt-cache").args(["pkgnames", "linux-image-"]))?;
-        let package = packages::newest_kernel(&names, series)
-            .with_context(|| format!("Debian's lists have no cloud kernel {series}"))?;
+        let package = choose()?;
         eprintln!("xtask: downloading {package}");
         let mut command = process::tied("apt-get");
         // As root, apt would download as a user who may not write here.
@@ -345,7 +383,7 @@ fn download(series: &str, folder: &Path) -> Result<PathBuf> {
             "--option",
             "APT::Sandbox::User=root",
             "download",
-            package,
+            &package,
         ]);
         process::run(command.current_dir(folder))
     };
@@ -423,20 +461,23 @@ mod tests {
     fn the_newest_kernel_in_the_store_is_used() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open_at(folder.path().to_owned()).unwrap();
-        assert!(store.newest("6.1").unwrap().is_none());
+        assert!(store.newest("6.1", FLAVOUR).unwrap().is_none());
         for name in [
             "6.1.0-9-cloud-amd64_6.1.9-1",
             "6.1.0-56-cloud-amd64_6.1.192-2",
             "6.12.1+deb12-cloud-amd64_6.12.1-1",
+            "6.1.0-57-amd64_6.1.193-1",
         ] {
             fs::create_dir(folder.path().join(format!("linux-image-{name}"))).unwrap();
         }
-        let kernel = store.newest("6.1").unwrap().unwrap();
+        let kernel = store.newest("6.1", FLAVOUR).unwrap().unwrap();
         assert_eq!(kernel.release, "6.1.0-56-cloud-amd64");
         assert!(
             kernel
                 .folder
                 .ends_with("linux-image-6.1.0-56-cloud-amd64_6.1.192-2")
         );
+        let full = store.newest("6.1", "amd64").unwrap().unwrap();
+        assert_eq!(full.release, "6.1.0-57-amd64");
     }
 }

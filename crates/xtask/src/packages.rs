@@ -25,6 +25,9 @@ pub const BUSYBOX: &str = "/bin/busybox";
 /// The path of the program that shares the host's files with the nested machine.
 pub const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 
+/// The keys that Debian's lists of packages are signed with.
+const ARCHIVE_KEY: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
 /// What preparing guests takes.
 pub const GUEST: &[Tool] = &[
     tool(BUSYBOX, "busybox-static"),
@@ -33,6 +36,12 @@ pub const GUEST: &[Tool] = &[
     tool("xz", "xz-utils"),
     tool("zstd", "zstd"),
     tool("setpriv", "util-linux"),
+];
+
+/// What making a whole Debian system takes.
+pub(crate) const SYSTEM: &[Tool] = &[
+    tool("mmdebstrap", "mmdebstrap"),
+    tool(ARCHIVE_KEY, "debian-archive-keyring"),
 ];
 
 /// What the nested machine takes.
@@ -124,21 +133,22 @@ fn has_lists(folder: &Path) -> bool {
     })
 }
 
-/// Returns the newest package of a series of Debian's cloud kernels, such as 6.12, among `names`,
-/// one a line.
-pub fn newest_kernel<'a>(names: &'a str, series: &str) -> Option<&'a str> {
+/// Returns the newest package among `names`, one a line, of a series of Debian's kernels, such as
+/// 6.12, and a flavour of it, such as `cloud-amd64`.
+pub fn newest_kernel<'a>(names: &'a str, series: &str, flavour: &str) -> Option<&'a str> {
     names
         .lines()
         .map(str::trim)
-        .filter(|name| kernel_version(name, series).is_some())
-        .max_by_key(|name| kernel_version(name, series))
+        .filter(|name| kernel_version(name, series, flavour).is_some())
+        .max_by_key(|name| kernel_version(name, series, flavour))
 }
 
-/// Returns the numbers in the name of a kernel's package when it is a cloud kernel of `series`.
-fn kernel_version(name: &str, series: &str) -> Option<Vec<u32>> {
+/// Returns the numbers in the name of a kernel's package when it is of `series` and `flavour`.
+fn kernel_version(name: &str, series: &str, flavour: &str) -> Option<Vec<u32>> {
     let release = name
         .strip_prefix("linux-image-")?
-        .strip_suffix("-cloud-amd64")?;
+        .strip_suffix(flavour)?
+        .strip_suffix('-')?;
     let rest = release.strip_prefix(series)?.strip_prefix('.')?;
     rest.split(['.', '-'])
         .map(|part| {
@@ -161,6 +171,7 @@ linux-image-6.1.0-9-cloud-amd64
 linux-image-6.1.0-56-cloud-amd64
 linux-image-6.1.0-56-cloud-amd64-dbg
 linux-image-6.1.0-57-rt-amd64
+linux-image-6.1.0-58-amd64
 linux-image-6.12-cloud-amd64
 linux-image-6.12.99+deb12-cloud-amd64
 linux-image-6.12.117+deb12-cloud-amd64
@@ -169,16 +180,25 @@ linux-image-6.12.118+deb12-cloud-arm64
 ";
 
     #[test]
-    fn the_newest_signed_cloud_kernel_of_a_series_is_found() {
-        assert_eq!(
-            newest_kernel(NAMES, "6.1"),
-            Some("linux-image-6.1.0-56-cloud-amd64")
-        );
-        assert_eq!(
-            newest_kernel(NAMES, "6.12"),
-            Some("linux-image-6.12.117+deb12-cloud-amd64")
-        );
-        assert_eq!(newest_kernel(NAMES, "6.18"), None);
+    fn the_newest_signed_kernel_of_a_series_and_a_flavour_is_found() {
+        for (series, flavour, newest) in [
+            (
+                "6.1",
+                "cloud-amd64",
+                Some("linux-image-6.1.0-56-cloud-amd64"),
+            ),
+            (
+                "6.12",
+                "cloud-amd64",
+                Some("linux-image-6.12.117+deb12-cloud-amd64"),
+            ),
+            ("6.1", "amd64", Some("linux-image-6.1.0-58-amd64")),
+            ("6.1", "rt-amd64", Some("linux-image-6.1.0-57-rt-amd64")),
+            ("6.12", "amd64", None),
+            ("6.18", "cloud-amd64", None),
+        ] {
+            assert_eq!(newest_kernel(NAMES, series, flavour), newest);
+        }
     }
 
     #[test]

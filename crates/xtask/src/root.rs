@@ -57,23 +57,19 @@ pub(crate) fn image(store: &Store) -> Result<PathBuf> {
 fn make(to: &Path, busybox: &Busybox) -> Result<()> {
     let tree = to.with_extension("tree");
     fill(&tree, busybox).with_context(|| format!("fill {}", tree.display()))?;
+    image_of(&tree, to, SIZE, "kiln-root")
+}
+
+/// Makes at `to` the image of an ext4 filesystem of `size` bytes with the files in `tree`.
+pub(crate) fn image_of(tree: &Path, to: &Path, size: u64, label: &str) -> Result<()> {
     let file = File::create(to).with_context(|| format!("write {}", to.display()))?;
-    file.set_len(SIZE)
+    file.set_len(size)
         .with_context(|| format!("extend {}", to.display()))?;
     let mut command = process::tied("mkfs.ext4");
-    // Root owns everything, whoever makes the image.
-    command.args([
-        "-q",
-        "-F",
-        "-b",
-        "4096",
-        "-L",
-        "kiln-root",
-        "-E",
-        "root_owner=0:0",
-        "-d",
-    ]);
-    process::run(command.arg(&tree).arg(to))
+    command.args(["-q", "-F", "-b", "4096", "-L", label]);
+    // The top belongs to root, whoever makes the image.
+    command.args(["-E", "root_owner=0:0", "-d"]);
+    process::run(command.arg(tree).arg(to))
 }
 
 fn fill(tree: &Path, busybox: &Busybox) -> Result<()> {

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: everything that CI runs, step by step.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,8 @@ use crate::{api, assets, cargo, nested, packages, place, process};
 
 /// How long the tests with real guests may take together.
 const LINUX_LIMIT: Duration = Duration::from_secs(40 * 60);
+/// The integration tests that boot all that Debian ships, which takes too long for every run.
+const DISTRIBUTION: &str = "distribution";
 /// The memory of the nested machine, in mebibytes: what guests touch, and the files that they and
 /// the tests write.
 const LINUX_MEMORY: u32 = 5000;
@@ -23,7 +26,7 @@ pub struct TestArgs {
     /// Leave formatting, clippy, rustdoc and the public interfaces out.
     #[arg(long)]
     skip_lint: bool,
-    /// Run only this step; can be given more than once.
+    /// Run only this step; can be given more than once, and is the only way to `distribution`.
     #[arg(long, value_name = "STEP")]
     only: Vec<Step>,
 }
@@ -43,20 +46,24 @@ pub enum Step {
     Host,
     /// Integration tests with real Linux guests, in a nested machine where needed.
     Linux,
+    /// All that Debian ships for a machine to boot, in the same place: every kernel, the installer,
+    /// a whole system.
+    Distribution,
 }
 
 impl Step {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Format,
         Self::Clippy,
         Self::Docs,
         Self::Api,
         Self::Host,
         Self::Linux,
+        Self::Distribution,
     ];
 
     fn is_lint(self) -> bool {
-        !matches!(self, Self::Host | Self::Linux)
+        !matches!(self, Self::Host | Self::Linux | Self::Distribution)
     }
 
     fn name(self) -> &'static str {
@@ -67,6 +74,7 @@ impl Step {
             Self::Api => "api",
             Self::Host => "host",
             Self::Linux => "linux",
+            Self::Distribution => DISTRIBUTION,
         }
     }
 
@@ -90,7 +98,14 @@ impl Step {
                 let mut command = cargo::command(&["test", "--workspace", "--"]);
                 succeed(command.args(filter))
             }
-            Self::Linux => linux(filter),
+            Self::Linux => {
+                assets::guest()?;
+                linux(filter, |test| test != DISTRIBUTION)
+            }
+            Self::Distribution => {
+                assets::distribution()?;
+                linux(filter, |test| test == DISTRIBUTION)
+            }
         }
     }
 }
@@ -120,7 +135,8 @@ pub fn run(args: &TestArgs) -> Result<()> {
 fn steps(args: &TestArgs) -> Vec<Step> {
     let is_wanted = |step: &Step| {
         if args.only.is_empty() {
-            !(step.is_lint() && (args.skip_lint || args.filter.is_some()))
+            *step != Step::Distribution
+                && !(step.is_lint() && (args.skip_lint || args.filter.is_some()))
         } else {
             args.only.contains(step)
         }
@@ -137,12 +153,12 @@ fn succeed(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs all integration tests, those with real guests included.
-fn linux(filter: Option<&str>) -> Result<()> {
+/// Runs the integration tests in the files of these names, those with real guests included.
+fn linux(filter: Option<&str>, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     packages::ensure(packages::RUN)?;
-    assets::guest()?;
     let kiln = cargo::build_kiln()?;
-    let tests = cargo::build_integration_tests()?;
+    let mut tests = cargo::build_integration_tests()?;
+    tests.retain(|test| is_wanted(name_of(test)));
     // One nested machine for all of them. Tests with guests are marked as ignored, since plain
     // `cargo test` cannot run them on every machine. Without a filter those are left out that are
     // over PCI already and have no device for which the transport would make a difference.
@@ -169,6 +185,13 @@ fn linux(filter: Option<&str>) -> Result<()> {
     Ok(())
 }
 
+/// Returns the name of the file that cargo built the program `test` from: `linux` of
+/// `linux-0123456789abcdef`.
+fn name_of(test: &Path) -> &str {
+    let program = test.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    program.rsplit_once('-').map_or(program, |(name, _)| name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,12 +206,21 @@ mod tests {
 
     #[test]
     fn lints_are_left_out_where_only_tests_are_wanted() {
-        assert_eq!(steps(&args(None, false, &[])), Step::ALL);
+        assert_eq!(steps(&args(None, false, &[])), Step::ALL[..6]);
         assert_eq!(steps(&args(None, true, &[])), [Step::Host, Step::Linux]);
         assert_eq!(
             steps(&args(Some("x"), false, &[])),
             [Step::Host, Step::Linux]
         );
+    }
+
+    #[test]
+    fn the_distribution_is_tested_only_where_it_is_asked_for() {
+        let only = args(None, false, &[Step::Distribution]);
+        assert_eq!(steps(&only), [Step::Distribution]);
+        assert!(!steps(&args(Some("x"), true, &[])).contains(&Step::Distribution));
+        let program = Path::new("/target/debug/deps/distribution-0123456789abcdef");
+        assert_eq!(name_of(program), DISTRIBUTION);
     }
 
     #[test]
