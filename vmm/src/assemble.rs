@@ -9,7 +9,8 @@ use kiln_arch::cpuid::{self, Topology};
 use kiln_arch::{Initrd, Kernel, layout};
 use kiln_device_manager::DeviceManager;
 use kiln_devices::acpi::{PowerButton, PowerManagement, PvPanic};
-use kiln_devices::legacy::serial::{Console, Serial};
+use kiln_devices::console::Console;
+use kiln_devices::legacy::serial::Serial;
 use kiln_devices::legacy::{I8042, IoApic, Rtc};
 use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_io_thread::IoThread;
@@ -426,6 +427,10 @@ fn members(builder: &mut VmBuilder) -> Result<Vec<Member>, BuildError> {
             work: Work::Vsock(device.counters()),
             device: Box::new(device),
         });
+    }
+    if let Some(console) = builder.virtio_console.take() {
+        let transport = console.transport;
+        members.push(Member::new("console", console.into_device()?, transport));
     }
     if let Some(rng) = builder.rng.take() {
         let transport = rng.transport;

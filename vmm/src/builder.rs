@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use kiln_arch::Kernel;
 use kiln_device_api::BusDevice;
-use kiln_devices::legacy::serial::Console;
+use kiln_devices::console::Console;
 use kiln_memory::{MemoryOptions, MemorySize};
 use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
-use crate::{Balloon, BuildError, Disk, Host, Net, Rng, Transport, Vm, Vsock, assemble};
+use crate::{
+    Balloon, BuildError, Disk, Host, Net, Rng, Transport, VirtioConsole, Vm, Vsock, assemble,
+};
 
 /// A device of the embedder's own on a bus.
 pub(crate) struct BusDeviceAt<A> {
@@ -39,6 +41,7 @@ pub struct VmBuilder {
     pub(crate) nets: Vec<Net>,
     pub(crate) balloon: Option<Balloon>,
     pub(crate) rng: Option<Rng>,
+    pub(crate) virtio_console: Option<VirtioConsole>,
     pub(crate) vsock: Option<Vsock>,
     pub(crate) console: Console,
     pub(crate) transport: Transport,
@@ -63,6 +66,7 @@ impl Default for VmBuilder {
             nets: Vec::new(),
             balloon: None,
             rng: None,
+            virtio_console: None,
             vsock: None,
             console: Console::null(),
             transport: Transport::default(),
@@ -158,6 +162,12 @@ impl VmBuilder {
     /// Gives the machine a memory balloon, by which the guest's RAM gets back to the host.
     pub fn balloon(mut self, balloon: Balloon) -> Self {
         self.balloon = Some(balloon);
+        self
+    }
+
+    /// Gives the machine a virtio console (`hvc0`), and its named ports.
+    pub fn console(mut self, console: VirtioConsole) -> Self {
+        self.virtio_console = Some(console);
         self
     }
 

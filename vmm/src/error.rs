@@ -84,6 +84,14 @@ pub enum BuildError {
         /// What they have against each other.
         reason: &'static str,
     },
+    /// A virtio console cannot be as it was described.
+    #[error(transparent)]
+    VirtioConsole(#[from] kiln_devices::virtio::console::VirtioConsoleError),
+    /// Both consoles lead to the standard input and output.
+    #[error(
+        "use the standard input and output for the serial port and for the console: only one can have them"
+    )]
+    StdioTwice,
     /// A device has no place.
     #[error(transparent)]
     Device(#[from] kiln_device_manager::Error),
@@ -132,11 +140,13 @@ pub enum BuildError {
     /// The serial port could not be set up.
     #[error(transparent)]
     Serial(#[from] kiln_devices::legacy::serial::SerialError),
-    /// What the serial port is to lead to cannot be opened.
-    #[error("open {object} for the serial port")]
+    /// What the serial port or the console is to lead to cannot be opened.
+    #[error("open {object} for {user}")]
     Console {
         /// What was opened.
         object: String,
+        /// What for.
+        user: &'static str,
         /// What the system said.
         source: io::Error,
     },

@@ -22,6 +22,7 @@
 //! | `names` | a machine's name, and what is made of it: its `tracing` span, its threads' names |
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
 //! | `disk`, `net`, `vsock`, `rng`, `balloon` | [`Disk`], [`Net`], [`Vsock`], [`Rng`], [`Balloon`] |
+//! | `virtio_console` | [`VirtioConsole`]: `/dev/hvc0`, and named ports |
 //! | `transport` | [`Transport`]: how the guest reaches its virtio devices |
 //! | `pci` | the PCI bus: what is on it, where it is, and what follows its BARs |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
@@ -104,6 +105,7 @@ mod rng;
 mod transport;
 mod vcpu;
 mod vfio;
+mod virtio_console;
 mod vsock;
 
 pub use balloon::Balloon;
@@ -118,12 +120,13 @@ pub use handle::{Vm, VmHandle, VmState};
 pub use host::{Execution, Host, HostError};
 pub use kiln_arch::{BootProtocol, Kernel};
 pub use kiln_device_api::{BusDevice, BusDeviceMut, ExitRequest};
-pub use kiln_devices::legacy::serial::{Captured, Console, ConsoleInput, ConsoleOutput};
+pub use kiln_devices::console::{Captured, Console, ConsoleInput, ConsoleOutput};
 pub use kiln_devices::rate_limit::RateLimit;
 pub use kiln_devices::virtio::balloon::{
     BalloonControl, BalloonCounters, BalloonError, BalloonStatistics,
 };
 pub use kiln_devices::virtio::block::{BlockBackend, RawFile, RawFileError};
+pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
 pub use kiln_memory::{gather, gather_into, scatter};
@@ -133,6 +136,7 @@ pub use net::Net;
 pub use rng::Rng;
 pub use transport::{Transport, UnknownTransport};
 pub use vfio::VfioDevice;
+pub use virtio_console::VirtioConsole;
 pub use vsock::Vsock;
 
 /// What a virtio device of your own is made of, for [`VmBuilder::virtio_device`].

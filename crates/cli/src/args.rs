@@ -107,7 +107,23 @@ pub(crate) struct Run {
     )]
     pub(crate) balloon: Option<BalloonArg>,
 
-    /// Where the guest's serial port (ttyS0) leads [default: stdio]
+    /// Which console has the standard input and output: the serial port (ttyS0), or a virtio console
+    /// (hvc0, which takes console=hvc0 on the kernel's command line), which can also lead elsewhere.
+    /// On a terminal the virtio console has its size [default: serial]
+    #[arg(
+        long,
+        value_name = "serial|virtio[,stdio|,null|,file=PATH][,transport=pci|mmio]"
+    )]
+    pub(crate) console: Option<ConsoleArg>,
+
+    /// A named port of the virtio console, /dev/virtio-ports/NAME in the guest: the programs that
+    /// connect to a Unix socket, which is made with the machine, have it one after the other. A
+    /// comma in the path is written twice
+    #[arg(long, value_name = "name=NAME,socket=PATH")]
+    pub(crate) virtio_port: Vec<VirtioPortArg>,
+
+    /// Where the guest's serial port (ttyS0) leads [default: stdio, or null where the virtio
+    /// console has that]
     #[arg(long, value_name = "stdio|null|file=PATH")]
     pub(crate) serial: Option<SerialArg>,
 
@@ -286,9 +302,7 @@ impl std::str::FromStr for VsockArg {
         let mut cid = None;
         let mut socket = None;
         let mut chosen = None;
-        let mut rest = text.to_owned();
-        while !rest.is_empty() {
-            let (option, others) = split_path(&rest);
+        for option in split_options(text) {
             match option.split_once('=') {
                 Some(("cid", number)) => {
                     cid = Some(number.parse().map_err(|e| format!("`{number}`: {e}"))?);
@@ -302,7 +316,6 @@ impl std::str::FromStr for VsockArg {
                     ));
                 }
             }
-            rest = others.join(",");
         }
         Ok(Self {
             cid: cid.ok_or("the guest's context id is missing: say `cid=CID`")?,
@@ -390,6 +403,87 @@ fn on_or_off(word: &str) -> Result<bool, String> {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ConsoleArg {
+    Serial,
+    Virtio {
+        to: SerialArg,
+        transport: Option<Transport>,
+    },
+}
+
+impl std::str::FromStr for ConsoleArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rest = match text.strip_prefix("virtio") {
+            None if text == "serial" => return Ok(Self::Serial),
+            Some("") => "",
+            Some(rest) if rest.starts_with(',') => &rest[1..],
+            _ => return Err("there are `serial` and `virtio`".to_owned()),
+        };
+        let (mut to, mut chosen) = (SerialArg::Stdio, None);
+        for option in split_options(rest) {
+            match option.split_once('=') {
+                Some(("transport", name)) => chosen = Some(transport(name)?),
+                _ => {
+                    to = option.parse().map_err(|_| {
+                        format!(
+                            "unknown console option `{option}`: there are `stdio`, `null`, \
+                             `file=PATH` and `transport=pci|mmio`"
+                        )
+                    })?;
+                }
+            }
+        }
+        Ok(Self::Virtio {
+            to,
+            transport: chosen,
+        })
+    }
+}
+
+/// The pieces of a text between single commas; two commas stand for one.
+fn split_options(text: &str) -> Vec<String> {
+    let mut pieces = Vec::new();
+    let mut rest = text.to_owned();
+    while !rest.is_empty() {
+        let (piece, others) = split_path(&rest);
+        rest = others.join(",");
+        pieces.push(piece);
+    }
+    pieces
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VirtioPortArg {
+    pub(crate) name: String,
+    pub(crate) socket: PathBuf,
+}
+
+impl std::str::FromStr for VirtioPortArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mut name, mut socket) = (None, None);
+        for option in split_options(text) {
+            match option.split_once('=') {
+                Some(("name", text)) => name = Some(text.to_owned()),
+                Some(("socket", path)) if !path.is_empty() => socket = Some(path.into()),
+                _ => {
+                    return Err(format!(
+                        "unknown port option `{option}`: there are `name=NAME` and `socket=PATH`"
+                    ));
+                }
+            }
+        }
+        Ok(Self {
+            name: name.ok_or("the port's name is missing: say `name=NAME`")?,
+            socket: socket.ok_or("the path of the socket is missing: say `socket=PATH`")?,
+        })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum SerialArg {
     Stdio,
     Null,
@@ -427,7 +521,7 @@ fn after_long_help() -> String {
 Signals: the first SIGTERM, SIGINT or SIGHUP presses the guest's power button, the second stops the
 machine at once.
 
-On a terminal the serial port is interactive: Ctrl-A x stops the machine, Ctrl-A p presses the power
+On a terminal the console that has it is interactive: Ctrl-A x stops the machine, Ctrl-A p presses the power
 button, Ctrl-A Ctrl-A sends a Ctrl-A.
 
 KILN_LOG sets what is logged to the standard error output, such as `info` or `kiln_vmm=debug`.
@@ -583,6 +677,45 @@ mod tests {
         assert_eq!(given(&[]), None);
         assert_eq!(given(&["--rng", "--cpus", "2"]), Some(RngArg::default()));
         assert!(given(&["--rng", "rate=5"]).unwrap().rate.is_some());
+    }
+
+    #[test]
+    fn a_console_is_the_serial_port_or_a_virtio_console() {
+        assert_eq!("serial".parse(), Ok(ConsoleArg::Serial));
+        let virtio = |to, transport| Ok(ConsoleArg::Virtio { to, transport });
+        assert_eq!("virtio".parse(), virtio(SerialArg::Stdio, None));
+        assert_eq!("virtio,null".parse(), virtio(SerialArg::Null, None));
+        let (file, mmio) = (SerialArg::File("a,b".into()), Some(Transport::Mmio));
+        assert_eq!(
+            "virtio,file=a,,b,transport=mmio".parse(),
+            virtio(file, mmio)
+        );
+        for text in [
+            "",
+            "hvc0",
+            "virtio2",
+            "serial,null",
+            "virtio,pty",
+            "virtio,transport=x",
+        ] {
+            assert!(text.parse::<ConsoleArg>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_port_needs_a_name_and_a_socket() {
+        let port: VirtioPortArg = "name=a=b,socket=/run/a,,b".parse().unwrap();
+        assert_eq!((&*port.name, port.socket), ("a=b", "/run/a,b".into()));
+        for (text, word) in [
+            ("name=a", "socket=PATH"),
+            ("socket=s", "name=NAME"),
+            ("name=a,socket=", "`socket=`"),
+            ("name=a,socket=s,tap=t", "`tap=t`"),
+            ("", "name=NAME"),
+        ] {
+            let error = text.parse::<VirtioPortArg>().unwrap_err();
+            assert!(error.contains(word), "{text}: {error}");
+        }
     }
 
     #[test]

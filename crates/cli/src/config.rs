@@ -2,11 +2,13 @@
 
 use anyhow::{Error, bail};
 use kiln_vmm::config::{
-    BootProtocolConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
-    VsockConfig,
+    BootProtocolConfig, ConsolePortConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig,
+    SerialConfig, VmConfig, VsockConfig,
 };
 
-use crate::args::{DiskArg, NetArg, Protocol, RngArg, Run, SerialArg, VsockArg};
+use crate::args::{
+    ConsoleArg, DiskArg, NetArg, Protocol, RngArg, Run, SerialArg, VirtioPortArg, VsockArg,
+};
 
 /// What the file says, or the defaults where there is none, with the arguments put over it.
 pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
@@ -39,12 +41,55 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
     }
     config.rng = args.rng.map(RngConfig::from).or(config.rng);
     config.balloon = args.balloon.map(|balloon| balloon.0).or(config.balloon);
-    config.serial = args
-        .serial
-        .map(SerialConfig::from)
-        .or(config.serial)
-        .or(Some(SerialConfig::Stdio));
+    set_consoles(&mut config, args.console, args.serial, args.virtio_port);
     Ok(config)
+}
+
+/// Who has the standard input and output, where it is not said: the virtio console if that was asked
+/// for, else the serial port.
+fn set_consoles(
+    config: &mut VmConfig,
+    console: Option<ConsoleArg>,
+    serial: Option<SerialArg>,
+    ports: Vec<VirtioPortArg>,
+) {
+    let stdio = Some(SerialConfig::Stdio);
+    match console {
+        None => {}
+        Some(ConsoleArg::Serial) => {
+            config.serial = stdio.clone();
+            if let Some(console) = config
+                .console
+                .as_mut()
+                .filter(|console| console.to == stdio)
+            {
+                console.to = None;
+            }
+        }
+        Some(ConsoleArg::Virtio { to, transport }) => {
+            let console = config.console.get_or_insert_default();
+            console.to = Some(to.into());
+            console.transport = transport.or(console.transport);
+            if console.to == stdio && config.serial == stdio {
+                config.serial = None;
+            }
+        }
+    }
+    if !ports.is_empty() {
+        let ports = ports.into_iter().map(ConsolePortConfig::from);
+        config.console.get_or_insert_default().ports = ports.collect();
+    }
+    let taken = config
+        .console
+        .as_ref()
+        .is_some_and(|console| console.to == stdio);
+    let default = if taken {
+        SerialConfig::Null
+    } else {
+        SerialConfig::Stdio
+    };
+    let serial = serial.map(SerialConfig::from).or(config.serial.take());
+    config.serial = serial.or(Some(default));
 }
 
 fn set<T>(value: &mut T, given: Option<impl Into<T>>) {
@@ -107,6 +152,15 @@ impl From<RngArg> for RngConfig {
     }
 }
 
+impl From<VirtioPortArg> for ConsolePortConfig {
+    fn from(port: VirtioPortArg) -> Self {
+        Self {
+            name: port.name,
+            socket: port.socket,
+        }
+    }
+}
+
 impl From<SerialArg> for SerialConfig {
     fn from(serial: SerialArg) -> Self {
         match serial {
@@ -114,5 +168,50 @@ impl From<SerialArg> for SerialConfig {
             SerialArg::Null => Self::Null,
             SerialArg::File(path) => Self::File(path),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_vmm::config::VirtioConsoleConfig;
+
+    /// Who has the standard input and output, by what a file and the arguments say.
+    fn consoles(
+        file: (Option<SerialConfig>, Option<SerialConfig>),
+        console: Option<&str>,
+        serial: Option<SerialArg>,
+    ) -> (Option<SerialConfig>, Option<SerialConfig>) {
+        let mut config = VmConfig {
+            serial: file.0,
+            console: file.1.map(|to| VirtioConsoleConfig {
+                to: Some(to),
+                ..VirtioConsoleConfig::default()
+            }),
+            ..VmConfig::default()
+        };
+        let console = console.map(|text| text.parse().unwrap());
+        set_consoles(&mut config, console, serial, Vec::new());
+        (config.serial, config.console.and_then(|console| console.to))
+    }
+
+    #[test]
+    fn the_standard_input_and_output_are_where_they_are_asked_for() {
+        let stdio = || Some(SerialConfig::Stdio);
+        let null = || Some(SerialConfig::Null);
+        assert_eq!(consoles((None, None), None, None), (stdio(), None));
+        assert_eq!(consoles((null(), None), None, None), (null(), None));
+        assert_eq!(consoles((None, stdio()), None, None), (null(), stdio()));
+        let virtio = Some("virtio");
+        assert_eq!(consoles((None, None), virtio, None), (null(), stdio()));
+        assert_eq!(consoles((stdio(), null()), virtio, None), (null(), stdio()));
+        let serial = Some("serial");
+        assert_eq!(consoles((None, stdio()), serial, None), (stdio(), None));
+        assert_eq!(consoles((null(), null()), serial, None), (stdio(), null()));
+        // What is said of both is taken as it is said, and refused later.
+        let both = consoles((None, None), virtio, Some(SerialArg::Stdio));
+        assert_eq!(both, (stdio(), stdio()));
+        let elsewhere = consoles((None, None), Some("virtio,null"), None);
+        assert_eq!(elsewhere, (stdio(), null()));
     }
 }

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use std::thread;
 
 use anyhow::{Context, Error};
-use kiln_vmm::config::SerialConfig;
+use kiln_vmm::config::{SerialConfig, VmConfig};
 use kiln_vmm::{
-    Console, ConsoleInput, ConsoleOutput, CrashCause, Execution, Host, VmExit, VmHandle,
+    Console, ConsoleInput, ConsoleOutput, ConsoleSize, CrashCause, Execution, Host, VmBuilder,
+    VmExit, VmHandle,
 };
 
 use crate::args::Run;
@@ -19,18 +20,22 @@ use crate::terminal::{self, Escape, RawMode};
 pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     // A bad description is refused before the terminal or a signal is touched.
     let metrics = MetricsFile::from_args(&args.metrics)?;
-    let mut config = config::from_args(args)?;
-    let interactive = config.serial == Some(SerialConfig::Stdio) && RawMode::is_possible();
-    let (builder, keyboard) = if interactive {
-        config.serial = None;
-        let (console, keyboard) = interactive_console()?;
-        (config.builder()?.serial(console), Some(keyboard))
-    } else {
-        (config.builder()?, None)
-    };
+    let config = config::from_args(args)?;
+    let (builder, interactive) = builder(config)?;
     let vm = builder.build()?;
+    let (keyboard, size) = match interactive {
+        Some(Interactive { keyboard, size }) => (Some(keyboard), size),
+        None => (None, None),
+    };
 
     let signals = Signals::watch()?;
+    let resized = || {
+        if let Some(size) = &size {
+            let (columns, rows) = terminal::size();
+            size.set(columns, rows);
+        }
+    };
+    resized();
     let events = vm.events()?;
     let raw_mode = match keyboard {
         Some(_) => {
@@ -46,7 +51,7 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     if let Some(keyboard) = keyboard {
         on_keys(keyboard, handle.clone())?;
     }
-    signals.supervise(&handle, &events)?;
+    signals.supervise(&handle, &events, resized)?;
     let exit = handle.wait()?;
     let written = metrics.map_or(Ok(()), Follower::finish);
     drop(raw_mode);
@@ -54,6 +59,38 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
         eprintln!("kiln: {error:#}");
     }
     Ok(report(&exit))
+}
+
+/// What a console on our terminal takes.
+struct Interactive {
+    keyboard: io::PipeWriter,
+    /// The size to keep, for a console that has one.
+    size: Option<ConsoleSize>,
+}
+
+/// The machine that is described; with one of its consoles on our terminal, where it is to have the
+/// standard input and output and these are a terminal.
+fn builder(mut config: VmConfig) -> Result<(VmBuilder, Option<Interactive>), Error> {
+    let stdio = Some(SerialConfig::Stdio);
+    let virtio = config.console.take_if(|console| console.to == stdio);
+    let serial = config.serial == stdio;
+    if !RawMode::is_possible() || serial == virtio.is_some() {
+        // Both is for the library to refuse.
+        config.console = virtio.or(config.console);
+        return Ok((config.builder()?, None));
+    }
+    let (console, keyboard) = interactive_console()?;
+    let Some(mut virtio) = virtio else {
+        config.serial = None;
+        let builder = config.builder()?.serial(console);
+        let size = None;
+        return Ok((builder, Some(Interactive { keyboard, size })));
+    };
+    virtio.to = None;
+    let virtio = virtio.open()?.console(console);
+    let size = Some(virtio.size());
+    let builder = config.builder()?.console(virtio);
+    Ok((builder, Some(Interactive { keyboard, size })))
 }
 
 /// The console of the guest on our terminal: what is typed goes through us into the pipe whose

@@ -1,12 +1,12 @@
 //! The terminal: raw mode while the guest has it, restored on every way out, and the escape
-//! sequence that leads back.
+//! sequence that leads back; and its size.
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::stdio::stdin;
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
 /// What begins an escape sequence: Ctrl-A.
 const ESCAPE: u8 = 0x01;
@@ -39,6 +39,11 @@ impl RawMode {
         tcsetattr(stdin(), OptionalActions::Drain, &raw)?;
         Ok(Self(()))
     }
+}
+
+/// The columns and rows of the standard input's terminal; none where nobody knows them.
+pub(crate) fn size() -> (u16, u16) {
+    tcgetwinsize(stdin()).map_or((0, 0), |size| (size.ws_col, size.ws_row))
 }
 
 impl Drop for RawMode {

@@ -1,10 +1,10 @@
 //! From a description to a builder.
 
 use super::{
-    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, VmConfig, VsockConfig,
+    console,
 };
-use crate::{Balloon, BuildError, Console, Disk, Kernel, Net, RateLimit, Rng, VmBuilder, Vsock};
+use crate::{Balloon, BuildError, Disk, Kernel, Net, RateLimit, Rng, VmBuilder, Vsock};
 
 impl VmConfig {
     /// Opens what the description names, and gives a builder of that machine, to which devices of
@@ -13,8 +13,9 @@ impl VmConfig {
     ///
     /// # Errors
     ///
-    /// Where the kernel, a disk, a tap interface or the serial port's file cannot be used.
+    /// Where the kernel, a disk, a tap interface or a console's file cannot be used.
     pub fn builder(self) -> Result<VmBuilder, BuildError> {
+        console::check(&self)?;
         let mut builder = VmBuilder::new()
             .cmdline(self.cmdline)
             .vcpus(self.vcpus)
@@ -50,8 +51,11 @@ impl VmConfig {
             builder = builder.balloon(balloon.into());
         }
         // Last, because a file that was there is emptied.
+        if let Some(console) = self.console {
+            builder = builder.console(console.open()?);
+        }
         if let Some(serial) = self.serial {
-            builder = builder.serial(serial.open()?);
+            builder = builder.serial(serial.open("the serial port")?);
         }
         Ok(builder)
     }
@@ -128,19 +132,6 @@ impl From<BalloonConfig> for Balloon {
         match config.transport {
             Some(transport) => balloon.transport(transport),
             None => balloon,
-        }
-    }
-}
-
-impl SerialConfig {
-    fn open(self) -> Result<Console, BuildError> {
-        let fail = |object: String| move |source| BuildError::Console { object, source };
-        match self {
-            Self::Stdio => Console::stdio().map_err(fail("the standard input and output".into())),
-            Self::Null => Ok(Console::null()),
-            Self::File(path) => {
-                Console::file(&path).map_err(fail(format!("file `{}`", path.display())))
-            }
         }
     }
 }

@@ -12,6 +12,7 @@
 //! | `error` | [`ConfigError`]: where a description is wrong, and what is known there |
 //! | `nearest` | the known name that a wrong one is most like |
 //! | `table` | structs that are read from tables alone |
+//! | `console` | what the serial port and the virtio console lead to |
 //! | `convert` | from a value to a [`VmBuilder`] |
 //!
 //! `resources/vm-config.schema.json` describes the format to editors, and `resources/examples` has
@@ -44,6 +45,7 @@
 //! # Ok::<(), kiln_vmm::config::ConfigError>(())
 //! ```
 
+mod console;
 mod convert;
 mod error;
 mod nearest;
@@ -61,6 +63,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{BootProtocol, MacAddress, MemoryOptions, MemorySize, Transport};
 
+pub use console::{ConsolePortConfig, SerialConfig, VirtioConsoleConfig};
 pub use error::{ConfigError, Place};
 
 /// What a virtual machine is made of.
@@ -94,9 +97,15 @@ pub struct VmConfig {
     /// How the guest reaches the virtio devices, but for those that say otherwise themselves.
     pub transport: Transport,
     /// Where the guest's serial port (ttyS0) leads. Not given, it leads nowhere; `kiln run` then
-    /// takes its standard input and output.
+    /// takes its standard input and output, unless the console has them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialConfig>,
+    /// The virtio console (hvc0), and its named ports. Not given, there is none.
+    #[serde(
+        deserialize_with = "table::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub console: Option<VirtioConsoleConfig>,
     /// What is behind the guest's RAM.
     #[cfg_attr(test, schemars(with = "schema::MemoryOptionsKeys"))]
     #[serde(deserialize_with = "table::one")]
@@ -147,6 +156,7 @@ impl Default for VmConfig {
             memory: MemorySize::mib(512),
             transport: Transport::default(),
             serial: None,
+            console: None,
             memory_options: MemoryOptions::default(),
             rng: None,
             balloon: None,
@@ -165,8 +175,10 @@ impl VmConfig {
         let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
         let serial = self.serial.as_mut().and_then(SerialConfig::path_mut);
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
+        let console = self.console.iter_mut();
+        let console = console.flat_map(VirtioConsoleConfig::paths_mut);
         let paths = self.kernel.iter_mut().chain(&mut self.initrd);
-        for path in paths.chain(disks).chain(serial).chain(vsock) {
+        for path in paths.chain(disks).chain(serial).chain(vsock).chain(console) {
             if !path.as_os_str().is_empty() {
                 *path = folder.join(&*path);
             }
@@ -308,29 +320,6 @@ impl Default for BalloonConfig {
             deflate_on_oom: true,
             free_page_reporting: true,
             transport: None,
-        }
-    }
-}
-
-/// Where a serial port leads.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum SerialConfig {
-    /// The process's standard input and output.
-    Stdio,
-    /// Nowhere.
-    Null,
-    /// A file, which is created or emptied.
-    File(PathBuf),
-}
-
-impl SerialConfig {
-    fn path_mut(&mut self) -> Option<&mut PathBuf> {
-        match self {
-            Self::File(path) => Some(path),
-            Self::Stdio | Self::Null => None,
         }
     }
 }

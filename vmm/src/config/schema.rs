@@ -12,6 +12,7 @@ use super::{
     BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
     VsockConfig,
 };
+use super::{ConsolePortConfig, VirtioConsoleConfig};
 use crate::{MemoryOptions, MemorySize, Transport};
 
 /// Set to write the schema instead of comparing it.
@@ -158,6 +159,11 @@ fn the_schema_has_every_key_that_is_written() {
             transport: Some(Transport::Mmio),
             ..VsockConfig::default()
         }),
+        console: Some(VirtioConsoleConfig {
+            to: Some(SerialConfig::Null),
+            ports: vec![ConsolePortConfig::default()],
+            transport: Some(Transport::Mmio),
+        }),
         rng: Some(RngConfig {
             rate_limit: Some(RateLimitConfig {
                 per_second: NonZeroU64::MIN,
@@ -174,6 +180,8 @@ fn the_schema_has_every_key_that_is_written() {
         ("DiskConfig", &value["disks"][0]),
         ("NetConfig", &value["nets"][0]),
         ("VsockConfig", &value["vsock"]),
+        ("VirtioConsoleConfig", &value["console"]),
+        ("ConsolePortConfig", &value["console"]["ports"][0]),
         ("RngConfig", &value["rng"]),
         ("BalloonConfig", &value["balloon"]),
         ("RateLimitConfig", &value["rng"]["rate_limit"]),

@@ -54,6 +54,14 @@ fn full() -> VmConfig {
             socket: "guest.vsock".into(),
             transport: Some(Transport::Mmio),
         }),
+        console: Some(VirtioConsoleConfig {
+            to: Some(SerialConfig::File("hvc0.log".into())),
+            ports: vec![ConsolePortConfig {
+                name: "org.example.agent".into(),
+                socket: "agent.sock".into(),
+            }],
+            transport: Some(Transport::Mmio),
+        }),
         rng: Some(RngConfig {
             rate_limit: Some(RateLimitConfig {
                 per_second: NonZeroU64::new(1000).unwrap(),
@@ -108,6 +116,17 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.memory_options, full().memory_options);
     assert_eq!(builder.initrd, Some(folder.path().join("initrd.img")));
     assert_eq!(builder.cmdline, full().cmdline);
+    let console = builder.virtio_console.unwrap();
+    assert_eq!(console.transport, Some(Transport::Mmio));
+    let (console, socket) = (format!("{console:?}"), folder.path().join("agent.sock"));
+    for part in [
+        "output: ConsoleOutput(\"fd\")",
+        "org.example.agent",
+        socket.to_str().unwrap(),
+    ] {
+        assert!(console.contains(part), "{part}: {console}");
+    }
+    assert!(folder.path().join("hvc0.log").exists());
     let rng = builder.rng.unwrap();
     assert_eq!(rng.transport, Some(Transport::Pci));
     let rng = format!("{rng:?}");
@@ -180,6 +199,18 @@ fn an_unknown_key_is_refused_with_its_line_and_the_nearest_one() {
         "[[nets]]\ntap = \"t\"\naddress = 1",
         &["line 3", "nets[0]", "`address`", "`tap`", "of tap, mac"],
     );
+    refused(
+        "[[console.ports]]\nname = \"a\"\nsockets = \"b\"",
+        &["line 3", "console.ports[0]", "`socket`"],
+    );
+    refused("console = \"stdio\"", &["line 1", "`console`", "a table"]);
+    refused(
+        "[console]\nto = \"stdin\"",
+        &["line 2", "`console.to`", "`stdio`"],
+    );
+    let twice = VmConfig::from_toml("serial = \"stdio\"\nconsole = { to = \"stdio\" }").unwrap();
+    let error = twice.builder().unwrap_err();
+    assert!(matches!(error, BuildError::StdioTwice), "{error}");
     refused("rng = true", &["line 1", "`rng`", "a table"]);
     refused(
         "[rng]\nrate_limit = 5",
