@@ -22,6 +22,7 @@
 //! | `tests/linux_transports.rs` | Linux guests and how they reach their virtio devices |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
 //! | `tests/linux_vsock.rs` | Linux guests that talk to programs of the host |
+//! | `tests/linux_balloon.rs` | Linux guests whose memory gets back to the host |
 //! | `tests/linux_library.rs` | the library with several of them at once |
 
 pub mod elf;
