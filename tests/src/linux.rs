@@ -18,12 +18,12 @@ pub const PATIENCE: Duration = Duration::from_secs(180);
 /// Makes tests of functions that take a [`Transport`], over PCI first: `pci::name`, and
 /// `then_mmio::name`, for tests run in the order of their names. They need hardware KVM.
 ///
-/// Those behind `without devices` have guests without virtio devices, for which the transport makes
-/// no difference but that there is no PCI bus. Over MMIO they are `then_mmio_in_full::name`, which
-/// `cargo xtask test` leaves out unless it is asked for them.
+/// Those behind `over mmio when asked` are `then_mmio_in_full::name` over MMIO, which `cargo xtask
+/// test` leaves out unless it is asked for them: tests of guests without virtio devices, for which
+/// the transport makes no difference but that there is no PCI bus, and tests that take minutes.
 #[macro_export]
 macro_rules! over_every_transport {
-    ($($name:ident),+ $(,)? $(; without devices: $($other:ident),+ $(,)?)?) => {
+    ($($name:ident),+ $(,)? $(; over mmio when asked: $($other:ident),+ $(,)?)?) => {
         $crate::over_every_transport!(@ pci Pci $($name)+ $($($other)+)?);
         $crate::over_every_transport!(@ then_mmio Mmio $($name)+);
         $($crate::over_every_transport!(@ then_mmio_in_full Mmio $($other)+);)?

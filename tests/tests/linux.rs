@@ -23,7 +23,7 @@ kiln_tests::over_every_transport!(
     a_network_carries_pings_and_streams_both_ways,
     two_network_interfaces_keep_their_addresses,
     the_login_prompt_takes_what_is_typed;
-    without devices:
+    over mmio when asked:
     a_bzimage_boots_in_128_mib,
     a_bzimage_boots_with_4_vcpus_and_5_gib,
     a_vmlinux_boots_by_the_64_bit_protocol,

@@ -160,8 +160,8 @@ fn linux(filter: Option<&str>, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let mut tests = cargo::build_integration_tests()?;
     tests.retain(|test| is_wanted(name_of(test)));
     // One nested machine for all of them. Tests with guests are marked as ignored, since plain
-    // `cargo test` cannot run them on every machine. Without a filter those are left out that are
-    // over PCI already and have no device for which the transport would make a difference.
+    // `cargo test` cannot run them on every machine. Without a filter those are left out that need
+    // not run over MMIO as well each time.
     let script = r#"
         kiln=$1; filter=$2; shift 2
         status=0
