@@ -136,8 +136,8 @@ mod tests {
             (0x7000, 0, 0x2000),
             (0x8000, 0, 0x1000),
             (0x10_1000, 0, 0x2000),
-            (0x1000, 0, u64::MAX & !0xfff),
-            (0x1000, u64::MAX & !0xfff, 0x1000),
+            (0x1000, 0, !0xfff),
+            (0x1000, !0xfff, 0x1000),
         ] {
             let mapped = map_file(&memory, GuestAddress(address), &file, offset, size).unwrap();
             assert!(!mapped, "{address:#x} {offset:#x} {size:#x}");
