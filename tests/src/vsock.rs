@@ -26,11 +26,12 @@ exec /tools/ld-linux-x86-64.so.2 --library-path /tools /tools/perl /tools/vsock.
 END
     chmod +x /bin/vsock
     ulimit -n 4096
-    vsock listen 5000 cat &
+    vsock listen 5000 dd bs=64k 2>/dev/null &
+    echo $! >/tmp/echo.pid
     vsock listen 5001 sh &
     echo cid=$(vsock cid)
     until grep -q end /tmp/end 2>/dev/null; do sleep 0.1; done
-    dmesg | grep -E 'BUG:|Oops|Call Trace|rcu.*stall'; true
+    dmesg | grep -E 'BUG:|Oops|rcu.*stall'; true
 "#;
 
 /// A running guest with a socket device.
@@ -142,6 +143,18 @@ impl VsockGuest {
             printed.push('\n');
         }
         Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// Kills the program of the guest that listens for connections to echo, and waits until it has
+    /// gone.
+    ///
+    /// # Errors
+    ///
+    /// As for [`tell`](Self::tell).
+    pub fn kill_echo(&self) -> io::Result<()> {
+        let kill =
+            "pid=$(cat /tmp/echo.pid); kill -9 $pid; while [ -d /proc/$pid ]; do sleep 0.1; done";
+        self.tell(kill).map(drop)
     }
 
     /// Ends the guest, and waits for its end.

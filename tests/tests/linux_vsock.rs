@@ -96,7 +96,8 @@ fn two_hundred_streams_carry_data_both_ways(transport: Transport) {
     let before = idle(&guest);
     let listener = guest.listen(PORT).unwrap();
     let asked = guest.tell(&format!(
-        "i=0; while [ $i -lt {} ]; do vsock connect {PORT} cat & i=$((i + 1)); done >/dev/null 2>&1",
+        "i=0; while [ $i -lt {} ]; do vsock connect {PORT} dd bs=64k & i=$((i + 1)); done \
+         >/dev/null 2>&1",
         STREAMS / 2
     ));
     assert_eq!(asked.unwrap(), "");
@@ -164,7 +165,7 @@ fn programs_killed_on_either_side_leave_nothing_behind(transport: Transport) {
         let mut writer = socket.try_clone().unwrap();
         let writing = std::thread::spawn(move || while writer.write_all(&[0; 4096]).is_ok() {});
         std::thread::sleep(Duration::from_millis(wait));
-        guest.tell("killall -9 cat").unwrap();
+        guest.tell("killall -9 dd").unwrap();
         let mut block = [0; 65536];
         let end = loop {
             match socket.read(&mut block) {
@@ -191,7 +192,7 @@ fn programs_killed_on_either_side_leave_nothing_behind(transport: Transport) {
     guest.tell("killall -9 sleep").unwrap();
     assert!(matches!(accepted.read(&mut [0; 1]), Ok(0) | Err(_)));
     drop(accepted);
-    guest.tell("kill -9 $(pgrep -f 'listen 5000')").unwrap();
+    guest.kill_echo().unwrap();
     let refused = guest.connect(ECHO).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
     back_to_idle();
