@@ -10,6 +10,7 @@
 //! | [`linux`] | Debian's kernels as its guests |
 //! | [`tap`] | tap interfaces for their networks |
 //! | [`vsock`] | socket devices for them, and programs to talk to |
+//! | [`terminal`] | the `kiln` program on a terminal |
 //! | [`prometheus`] | a strict reader of Prometheus' text format |
 //! | `tests/tiny_guests.rs` | the library with guests of a few bytes |
 //! | `tests/events.rs` | what a handle tells while its machine lives |
@@ -21,6 +22,7 @@
 //! | `tests/pci.rs` | PCI and its interrupts with guests of a few bytes |
 //! | `tests/linux_transports.rs` | Linux guests and how they reach their virtio devices |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
+//! | `tests/linux_console.rs` | Linux guests on a virtio console, with named ports and random numbers |
 //! | `tests/linux_vsock.rs` | Linux guests that talk to programs of the host |
 //! | `tests/linux_balloon.rs` | Linux guests whose memory gets back to the host |
 //! | `tests/linux_library.rs` | the library with several of them at once |
@@ -35,6 +37,7 @@ pub mod prometheus;
 pub(crate) mod scripted;
 pub mod stubborn;
 pub mod tap;
+pub mod terminal;
 pub mod vsock;
 
 /// The programs in the documentation compile.
@@ -45,4 +48,7 @@ mod documentation {
 
     #[doc = include_str!("../../docs/embedding.md")]
     struct Embedding;
+
+    #[doc = include_str!("../../docs/vsock.md")]
+    struct Vsock;
 }
