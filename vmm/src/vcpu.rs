@@ -34,11 +34,16 @@ impl Vcpus {
     ) -> Result<Self, BuildError> {
         let mut fds = Vec::new();
         let msrs = msr::boot_msrs(host.msrs());
+        let memory_type = msr::default_memory_type();
         for (index, apic_id) in (0..).zip(topology.apic_ids()) {
             let fd = vm.create_vcpu(apic_id)?;
             let cpuid = cpuid::for_vcpu(host.supported_cpuid(), topology, index)?;
             fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
             set_msrs(&fd, &msrs)?;
+            if !host.msrs().contains(&memory_type.index) {
+                // A KVM that does not list it takes it all the same; Linux does without it.
+                let _ = set_msrs(&fd, &[memory_type]);
+            }
             let mut apic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
             lapic::set_local_pins(&mut apic);
             fd.set_lapic(&apic).map_err(failed("KVM_SET_LAPIC"))?;
