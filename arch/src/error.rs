@@ -2,6 +2,7 @@
 
 use std::io;
 
+use kiln_kernel_cache::UnpackError;
 use thiserror::Error;
 use vm_memory::GuestMemoryError;
 
@@ -62,6 +63,14 @@ pub enum Error {
         name: String,
         /// What the loader said.
         source: linux_loader::loader::Error,
+    },
+    /// The kernel in a bzImage could not be unpacked.
+    #[error("unpack kernel `{name}`")]
+    Unpack {
+        /// The kernel's name.
+        name: String,
+        /// What is wrong.
+        source: UnpackError,
     },
     /// There is no room for the initrd.
     #[error(

@@ -91,7 +91,7 @@ impl ImageFile {
     }
 
     /// Gives the file to someone, if it is as long as it was.
-    fn unchanged<T>(&self, f: impl FnOnce(&mut File) -> T) -> Result<T, Error> {
+    pub(crate) fn unchanged<T>(&self, f: impl FnOnce(&mut File) -> T) -> Result<T, Error> {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         // What was checked and placed was the file as it was then.
         if file

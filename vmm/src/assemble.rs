@@ -50,7 +50,9 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let span = names::machine_span(name.as_deref());
     let _in_span = span.enter();
     // What needs no host is refused first.
-    let mut kernel = builder.kernel.clone().ok_or(BuildError::NoKernel)?;
+    let kernel = builder.kernel.clone().ok_or(BuildError::NoKernel)?;
+    let cache = builder.kernel_cache.as_ref();
+    let mut kernel = builder.kernel_decompressor.apply(kernel, cache);
     if builder.memory_options.prefault {
         // What is mapped from a file would fault later.
         kernel = kernel.read();

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use kiln_arch::Kernel;
 use kiln_device_api::BusDevice;
 use kiln_devices::console::Console;
+use kiln_kernel_cache::KernelCache;
 use kiln_memory::{MemoryOptions, MemorySize};
 use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
 use crate::{
-    Balloon, BuildError, Disk, Host, Net, Rng, Transport, VirtioConsole, Vm, Vsock, assemble,
+    Balloon, BuildError, Decompressor, Disk, Host, Net, Rng, Transport, VirtioConsole, Vm, Vsock,
+    assemble,
 };
 
 /// A device of the embedder's own on a bus.
@@ -35,6 +37,8 @@ pub struct VmBuilder {
     pub(crate) memory: MemorySize,
     pub(crate) memory_options: MemoryOptions,
     pub(crate) kernel: Option<Kernel>,
+    pub(crate) kernel_decompressor: Decompressor,
+    pub(crate) kernel_cache: Option<KernelCache>,
     pub(crate) initrd: Option<PathBuf>,
     pub(crate) cmdline: String,
     pub(crate) disks: Vec<Disk>,
@@ -60,6 +64,8 @@ impl Default for VmBuilder {
             memory: MemorySize::mib(512),
             memory_options: MemoryOptions::default(),
             kernel: None,
+            kernel_decompressor: Decompressor::default(),
+            kernel_cache: None,
             initrd: None,
             cmdline: "console=ttyS0".to_owned(),
             disks: Vec::new(),
@@ -119,6 +125,24 @@ impl VmBuilder {
     /// The kernel to boot.
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = Some(kernel);
+        self
+    }
+
+    /// Who unpacks the kernel in a bzImage: the host, unless said otherwise. Where it cannot, the
+    /// guest does, and one line of the log says why.
+    ///
+    /// The host does it at each [`build`](Self::build), unless there is a
+    /// [`kernel_cache`](Self::kernel_cache), or the kernel was [`unpacked`](Kernel::unpacked) before,
+    /// for all machines that are given a clone of it.
+    pub fn kernel_decompressor(mut self, decompressor: Decompressor) -> Self {
+        self.kernel_decompressor = decompressor;
+        self
+    }
+
+    /// Where the host keeps the kernels that it unpacked. Without it they are in memory: the library
+    /// writes to no folder that it was not given.
+    pub fn kernel_cache(mut self, cache: KernelCache) -> Self {
+        self.kernel_cache = Some(cache);
         self
     }
 

@@ -23,6 +23,7 @@
 //! | `events` | [`Events`], [`VmEvent`]: what happens to a machine, as a stream |
 //! | `disk`, `net`, `vsock`, `rng`, `balloon` | [`Disk`], [`Net`], [`Vsock`], [`Rng`], [`Balloon`] |
 //! | `virtio_console` | [`VirtioConsole`]: `/dev/hvc0`, and named ports |
+//! | `decompressor` | [`Decompressor`]: who unpacks the kernel in a bzImage |
 //! | `transport` | [`Transport`]: how the guest reaches its virtio devices |
 //! | `pci` | the PCI bus: what is on it, where it is, and what follows its BARs |
 //! | `host`, `capabilities` | [`Host`], the system fd: what this host's KVM can do |
@@ -88,6 +89,7 @@ mod balloon;
 mod builder;
 mod capabilities;
 pub mod config;
+mod decompressor;
 mod disk;
 mod error;
 mod events;
@@ -112,6 +114,7 @@ pub use balloon::Balloon;
 pub use builder::VmBuilder;
 pub use capabilities::Capabilities;
 pub use config::VmConfig;
+pub use decompressor::{Decompressor, UnknownDecompressor};
 pub use disk::Disk;
 pub use error::{BuildError, DeviceError, HandleError};
 pub use events::{Events, VmEvent};
@@ -128,6 +131,7 @@ pub use kiln_devices::virtio::balloon::{
 pub use kiln_devices::virtio::block::{BlockBackend, RawFile, RawFileError};
 pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
+pub use kiln_kernel_cache::{CacheError, KernelCache, UnpackError};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
 pub use kiln_memory::{gather, gather_into, scatter};
 pub use kiln_vcpu_manager::{Crash, CrashCause, ExitCounts, InstructionBytes, KickSignal};

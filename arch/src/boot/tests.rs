@@ -4,7 +4,7 @@ use vm_memory::{ByteValued, GuestMemoryBackend};
 use super::*;
 use crate::acpi::{self, AcpiConfig};
 use crate::file::tests::temporary;
-use crate::kernel::tests::{bzimage, elf};
+use crate::kernel::tests::{bzimage, bzimage_of, elf};
 use crate::layout::{ACPI_TABLES_START, PVH_START_INFO_START, ZERO_PAGE_START, ram_regions};
 use linux_loader::loader::bootparam::boot_params;
 use linux_loader::loader::elf::start_info::hvm_start_info;
@@ -35,6 +35,30 @@ fn read(memory: &GuestMemory, address: u64, len: usize) -> Vec<u8> {
 
 fn object<T: ByteValued>(memory: &GuestMemory, address: u64) -> T {
     memory.read_obj(GuestAddress(address)).unwrap()
+}
+
+#[test]
+fn a_kernel_unpacked_from_a_bzimage_gets_the_header_of_that_too() {
+    let memory = memory(64 * MIB);
+    let (elf, mut image) = (elf(true), bzimage_of(&elf(true)));
+    // The highest address of an initrd.
+    image[0x22c..0x230].copy_from_slice(&(40 * MIB as u32 - 1).to_le_bytes());
+    let unpacked = kernel(&image).unpacked(None).unwrap();
+    let entry = prepare(&memory, &unpacked, Some(&initrd(b"initrd")), "x", RSDP).unwrap();
+    assert_eq!(
+        (entry.protocol, entry.address),
+        (BootProtocol::Linux64, 16 * MIB)
+    );
+    assert_eq!(read(&memory, 16 * MIB, 0x3000), elf[0x1000..0x4000]);
+    let page: boot_params = object(&memory, ZERO_PAGE_START);
+    assert_eq!({ page.hdr.version }, 0x020f);
+    assert_eq!({ page.hdr.cmdline_size }, 1000);
+    assert_eq!({ page.hdr.init_size }, 8 * MIB as u32);
+    assert_eq!({ page.hdr.ramdisk_image }, 40 * MIB as u32 - 4096);
+    assert_eq!({ page.hdr.loadflags }, 1);
+    let line = "y".repeat(1001);
+    let error = prepare(&memory, &unpacked, None, &line, RSDP).unwrap_err();
+    assert!(error.to_string().contains("the 1000 that"), "{error}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod problem;
 use std::fs::File;
 use std::path::Path;
 
+use kiln_kernel_cache::{KernelCache, UnpackError};
 use kiln_memory::GuestMemory;
 use linux_loader::loader::bzimage::BzImage as BzImageLoader;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
@@ -78,7 +79,8 @@ pub struct Kernel {
 #[derive(Clone, Debug)]
 enum Image {
     Compressed(ImageFile, BzImage),
-    Elf(ImageFile, elf::Elf),
+    /// An ELF image, with the bzImage that it was unpacked from, if it was.
+    Elf(ImageFile, elf::Elf, Option<BzImage>),
     Code(Vec<u8>),
 }
 
@@ -147,7 +149,7 @@ impl Kernel {
         if let Some(elf) = elf::Elf::inspect(&file)? {
             let protocol = elf.default_protocol();
             return Ok(Self {
-                image: Image::Elf(file, elf),
+                image: Image::Elf(file, elf, None),
                 protocol,
                 may_map: true,
             });
@@ -163,6 +165,44 @@ impl Kernel {
         Err(KernelProblem::NotAKernel.of(file.name()))
     }
 
+    /// Unpacks the kernel in a bzImage here, so that the guest does not: what is started is then the
+    /// ELF image in it, with what the bzImage says of itself. It is found in the cache if one is
+    /// given and has it, or put there; else it is in memory, which clones share. Other kernels stay
+    /// as they are.
+    ///
+    /// The bzImage's own code, which then does not run, would also have moved the kernel to a random
+    /// address (KASLR).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unpack`] where it cannot be unpacked, and [`Error::Kernel`] where what comes out is
+    /// not a kernel for this machine. Such a bzImage may still start when the guest unpacks it.
+    pub fn unpacked(self, cache: Option<&KernelCache>) -> Result<Self, Error> {
+        let Image::Compressed(file, bzimage) = self.image else {
+            return Ok(self);
+        };
+        let name = file.name().to_owned();
+        let unpack = |file: &mut File| match cache {
+            Some(cache) => cache.vmlinux(file).map(|vmlinux| vmlinux.file),
+            None => kiln_kernel_cache::unpack_into_memory(file),
+        };
+        let fail = |source: UnpackError| Error::Unpack {
+            name: name.clone(),
+            source,
+        };
+        let vmlinux = file.unchanged(unpack)?.map_err(fail)?;
+        let vmlinux = ImageFile::new("kernel", vmlinux, name.clone())?;
+        let elf = elf::Elf::inspect(&vmlinux)?;
+        let elf = elf.ok_or_else(|| fail(UnpackError::NotElf))?;
+        elf.entry(self.protocol)
+            .map_err(|problem| problem.of(&name))?;
+        Ok(Self {
+            image: Image::Elf(vmlinux, elf, Some(bzimage)),
+            protocol: self.protocol,
+            may_map: true,
+        })
+    }
+
     /// Has the file read when it is loaded, and not mapped. It can then be changed once the machines
     /// are built.
     #[must_use]
@@ -175,16 +215,17 @@ impl Kernel {
     ///
     /// # Errors
     ///
-    /// [`Error::Kernel`] where the kernel has no such entry: only an ELF image can have a PVH
-    /// entry.
+    /// [`Error::Kernel`] where the kernel has no such entry. Only an ELF image can have a PVH entry.
+    /// Whether that in a bzImage has one is seen when it is [`unpacked`](Self::unpacked); one that
+    /// is not is refused when a machine is built.
     pub fn with_protocol(mut self, protocol: BootProtocol) -> Result<Self, Error> {
         let fail = |problem: KernelProblem| problem.of(self.name());
         match (&self.image, protocol) {
-            (Image::Elf(_, elf), _) => {
+            (Image::Elf(_, elf, _), _) => {
                 elf.entry(protocol).map_err(fail)?;
             }
-            (_, BootProtocol::Pvh) => return Err(fail(KernelProblem::NoPvhEntry)),
-            (_, BootProtocol::Linux64) => {}
+            (Image::Code(_), BootProtocol::Pvh) => return Err(fail(KernelProblem::NoPvhEntry)),
+            _ => {}
         }
         self.protocol = protocol;
         Ok(self)
@@ -193,7 +234,7 @@ impl Kernel {
     /// Its name, for messages.
     pub fn name(&self) -> &str {
         match &self.image {
-            Image::Compressed(file, _) | Image::Elf(file, _) => file.name(),
+            Image::Compressed(file, _) | Image::Elf(file, ..) => file.name(),
             Image::Code(_) => CODE_NAME,
         }
     }
@@ -212,10 +253,10 @@ impl Kernel {
         self.protocol
     }
 
-    /// The setup header and what follows from it, of a bzImage.
+    /// The setup header and what follows from it, of a bzImage or of what was unpacked from one.
     pub(crate) fn bzimage(&self) -> Option<&BzImage> {
         match &self.image {
-            Image::Compressed(_, bzimage) => Some(bzimage),
+            Image::Compressed(_, bzimage) | Image::Elf(_, _, Some(bzimage)) => Some(bzimage),
             _ => None,
         }
     }
@@ -230,8 +271,11 @@ impl Kernel {
     pub(crate) fn placement(&self, ram_end: u64) -> Result<Loaded, Error> {
         let fail = |problem: KernelProblem| problem.of(self.name());
         let loaded = match &self.image {
-            Image::Compressed(_, bzimage) => bzimage.placement(),
-            Image::Elf(_, elf) => {
+            Image::Compressed(_, bzimage) => match self.protocol {
+                BootProtocol::Linux64 => bzimage.placement(),
+                BootProtocol::Pvh => return Err(fail(KernelProblem::NoPvhEntry)),
+            },
+            Image::Elf(_, elf, _) => {
                 let entry = elf.entry(self.protocol).map_err(fail)?;
                 let (start, end) = elf.extent();
                 Loaded { entry, start, end }
@@ -257,7 +301,7 @@ impl Kernel {
     /// Loads it to where [`placement`](Self::placement) said. Guest memory must be all zeros there.
     pub(crate) fn load(&self, memory: &GuestMemory, placed: &Loaded) -> Result<(), Error> {
         match &self.image {
-            Image::Elf(file, elf) => elf.load(memory, file, self.may_map),
+            Image::Elf(file, elf, _) => elf.load(memory, file, self.may_map),
             Image::Compressed(file, _) => self.loaded(file.rewound(|file| {
                 BzImageLoader::load(memory, Some(GuestAddress(placed.start)), file, None)
             })?),

@@ -47,6 +47,34 @@ pub(crate) fn bzimage() -> Vec<u8> {
     image
 }
 
+/// A bzImage with an ELF image in it that is packed by LZ4: one run of literals.
+pub(crate) fn bzimage_of(elf: &[u8]) -> Vec<u8> {
+    let more = elf.len() - 15;
+    let mut block = vec![0xf0];
+    block.extend(vec![255; more / 255]);
+    block.push((more % 255) as u8);
+    block.extend(elf);
+    let mut payload = vec![0x02, 0x21, 0x4c, 0x18];
+    payload.extend((block.len() as u32).to_le_bytes());
+    payload.extend(block);
+    payload.extend((elf.len() as u32).to_le_bytes());
+
+    let mut image = bzimage();
+    let offset = image.len() - 8 * 512;
+    image.extend(&payload);
+    image.resize(image.len().next_multiple_of(16), 0);
+    let system = image.len() - 8 * 512;
+    for (at, value) in [
+        (0x1f4, system as u32 / 16),
+        (0x238, 1000),
+        (0x248, offset as u32),
+        (0x24c, payload.len() as u32),
+    ] {
+        put(&mut image, at, &value.to_le_bytes());
+    }
+    image
+}
+
 /// A program header: kind, offset in the file, physical address, sizes in file and in memory.
 type Header = (u32, u64, u64, u64, u64);
 
@@ -161,13 +189,13 @@ fn the_protocol_can_be_chosen_where_the_kernel_has_it() {
     assert_eq!(kernel.placement(64 * MIB).unwrap().entry, LOAD);
     let kernel = kernel.with_protocol(BootProtocol::Pvh).unwrap();
     assert_eq!(kernel.placement(64 * MIB).unwrap().entry, PVH_ENTRY);
-    for image in [bzimage(), elf(false)] {
-        let error = open(&image)
-            .unwrap()
-            .with_protocol(BootProtocol::Pvh)
-            .unwrap_err();
-        assert_eq!(error.to_string(), "kernel `vmlinuz` has no PVH entry");
-    }
+    let refused = "kernel `vmlinuz` has no PVH entry";
+    let pvh = |image: &[u8]| open(image).unwrap().with_protocol(BootProtocol::Pvh);
+    assert_eq!(pvh(&elf(false)).unwrap_err().to_string(), refused);
+    // Nobody knows before it is unpacked; its own code is not entered so.
+    let packed = pvh(&bzimage()).unwrap();
+    let error = packed.placement(64 * MIB).unwrap_err();
+    assert_eq!(error.to_string(), refused);
     // Not a Linux kernel: its ELF entry is a virtual address.
     let other = patched(elf(true), 24, &0xffff_ffff_8100_0000_u64.to_le_bytes());
     let error = open(&other)
@@ -612,4 +640,57 @@ fn a_large_kernel_is_the_same_mapped_and_read_wherever_its_pages_are() {
             assert!(before.iter().chain(behind).all(|byte| *byte == 0), "{what}");
         }
     }
+}
+
+#[test]
+fn an_unpacked_kernel_is_the_elf_image_with_what_the_bzimage_says_of_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = KernelCache::open(folder.path().join("kernels"), 1 << 20).unwrap();
+    let packed = open(&bzimage_of(&elf(true))).unwrap();
+    for cache in [None, Some(&cache), Some(&cache)] {
+        let kernel = packed.clone().unpacked(cache).unwrap();
+        assert_eq!(kernel.name(), "vmlinuz");
+        assert_eq!(kernel.format(), KernelFormat::Elf);
+        assert_eq!(kernel.protocol(), BootProtocol::Linux64);
+        assert_eq!(kernel.cmdline_size(), 1000);
+        let placed = kernel.placement(64 * MIB).unwrap();
+        assert_eq!(
+            (placed.entry, placed.start, placed.end),
+            (LOAD, LOAD, LOAD + 3 * MIB)
+        );
+        let kernel = kernel.with_protocol(BootProtocol::Pvh).unwrap();
+        assert_eq!(kernel.placement(64 * MIB).unwrap().entry, PVH_ENTRY);
+    }
+    assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 1);
+    // As it was chosen before.
+    let pvh = packed.with_protocol(BootProtocol::Pvh).unwrap();
+    let placed = pvh.unpacked(None).unwrap().placement(64 * MIB).unwrap();
+    assert_eq!(placed.entry, PVH_ENTRY);
+    let without = open(&bzimage_of(&elf(false))).unwrap();
+    let error = without
+        .with_protocol(BootProtocol::Pvh)
+        .unwrap()
+        .unpacked(None);
+    let text = error.unwrap_err().to_string();
+    assert_eq!(text, "kernel `vmlinuz` has no PVH entry");
+}
+
+#[test]
+fn what_is_in_a_bzimage_is_looked_at_like_any_other_kernel() {
+    let error = open(&bzimage()).unwrap().unpacked(None).unwrap_err();
+    assert_eq!(error.to_string(), "unpack kernel `vmlinuz`");
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.contains("in an unknown way"), "{source}");
+    let cut = &elf(true)[..0x4800];
+    let error = open(&bzimage_of(cut)).unwrap().unpacked(None).unwrap_err();
+    assert!(error.to_string().contains("is truncated"), "{error}");
+}
+
+#[test]
+fn what_is_not_packed_stays_as_it_is() {
+    let kernel = open(&elf(true)).unwrap().unpacked(None).unwrap();
+    assert_eq!(kernel.protocol(), BootProtocol::Pvh);
+    assert!(kernel.bzimage().is_none());
+    let code = Kernel::from_code(&[0xf4]).unwrap().unpacked(None).unwrap();
+    assert_eq!(code.format(), KernelFormat::Code);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_vmm::config::BalloonConfig;
-use kiln_vmm::{MacAddress, MemorySize, Transport};
+use kiln_vmm::{Decompressor, MacAddress, MemorySize, Transport};
 
 /// Boot Linux in a KVM virtual machine.
 #[derive(Debug, Parser)]
@@ -41,6 +41,17 @@ pub(crate) struct Run {
     /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux)
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
     pub(crate) kernel: Option<PathBuf>,
+
+    /// Who unpacks the kernel in a bzImage: the host, once for all starts, or the bzImage's own code
+    /// in the guest each time, which takes longer and also moves the kernel to a random address
+    /// (KASLR) [default: host]
+    #[arg(long, value_name = "host|guest")]
+    pub(crate) kernel_decompressor: Option<Decompressor>,
+
+    /// Do not keep what the host unpacks in the user's cache folder, nor look there: unpack it in
+    /// memory at each start
+    #[arg(long)]
+    pub(crate) no_kernel_cache: bool,
 
     /// The initial RAM disk
     #[arg(long, value_name = "FILE")]

@@ -26,6 +26,7 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
     config.name = args.name.or(config.name);
     config.initrd = args.initrd.or(config.initrd);
     set(&mut config.cmdline, args.cmdline);
+    set(&mut config.kernel_decompressor, args.kernel_decompressor);
     set(&mut config.boot_protocol, args.boot_protocol);
     set(&mut config.vcpus, args.cpus);
     set(&mut config.memory, args.memory);

@@ -7,8 +7,8 @@ use std::thread;
 use anyhow::{Context, Error};
 use kiln_vmm::config::{SerialConfig, VmConfig};
 use kiln_vmm::{
-    Console, ConsoleInput, ConsoleOutput, ConsoleSize, CrashCause, Execution, Host, VmBuilder,
-    VmExit, VmHandle,
+    Console, ConsoleInput, ConsoleOutput, ConsoleSize, CrashCause, Execution, Host, KernelCache,
+    VmBuilder, VmExit, VmHandle,
 };
 
 use crate::args::Run;
@@ -20,8 +20,12 @@ use crate::terminal::{self, Escape, RawMode};
 pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     // A bad description is refused before the terminal or a signal is touched.
     let metrics = MetricsFile::from_args(&args.metrics)?;
+    let kernel_cache = kernel_cache(args.no_kernel_cache);
     let config = config::from_args(args)?;
-    let (builder, interactive) = builder(config)?;
+    let (mut builder, interactive) = builder(config)?;
+    if let Some(cache) = kernel_cache {
+        builder = builder.kernel_cache(cache);
+    }
     let vm = builder.build()?;
     let (keyboard, size) = match interactive {
         Some(Interactive { keyboard, size }) => (Some(keyboard), size),
@@ -59,6 +63,18 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
         eprintln!("kiln: {error:#}");
     }
     Ok(report(&exit))
+}
+
+/// The folder of the user for unpacked kernels; it is made when there is one to keep.
+fn kernel_cache(is_refused: bool) -> Option<KernelCache> {
+    if is_refused {
+        return None;
+    }
+    let folder = KernelCache::user_folder();
+    if folder.is_none() {
+        tracing::debug!("no folder of ours for a kernel cache: XDG_CACHE_HOME and HOME name none");
+    }
+    folder.map(|folder| KernelCache::on_demand(folder, KernelCache::DEFAULT_LIMIT))
 }
 
 /// What a console on our terminal takes.

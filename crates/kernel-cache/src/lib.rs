@@ -43,7 +43,7 @@ mod compression;
 mod error;
 mod unpack;
 
-pub use cache::{DEFAULT_LIMIT, KernelCache, Origin, Vmlinux, user_folder};
+pub use cache::{KernelCache, Origin, Vmlinux};
 pub use error::{CacheError, UnpackError};
 pub use unpack::{SIZE_LIMIT, unpack, unpack_into_memory};
 

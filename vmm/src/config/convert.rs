@@ -21,7 +21,8 @@ impl VmConfig {
             .vcpus(self.vcpus)
             .memory(self.memory)
             .memory_options(self.memory_options)
-            .transport(self.transport);
+            .transport(self.transport)
+            .kernel_decompressor(self.kernel_decompressor);
         if let Some(name) = self.name {
             builder = builder.name(name);
         }

@@ -61,7 +61,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BootProtocol, MacAddress, MemoryOptions, MemorySize, Transport};
+use crate::{BootProtocol, Decompressor, MacAddress, MemoryOptions, MemorySize, Transport};
 
 pub use console::{ConsolePortConfig, SerialConfig, VirtioConsoleConfig};
 pub use error::{ConfigError, Place};
@@ -81,6 +81,8 @@ pub struct VmConfig {
     /// The kernel to boot: a Linux bzImage, or a 64-bit ELF file (vmlinux).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
+    /// Who unpacks the kernel in a bzImage.
+    pub kernel_decompressor: Decompressor,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocolConfig,
     /// The initial RAM disk.
@@ -149,6 +151,7 @@ impl Default for VmConfig {
         Self {
             name: None,
             kernel: None,
+            kernel_decompressor: Decompressor::default(),
             boot_protocol: BootProtocolConfig::default(),
             initrd: None,
             cmdline: "console=ttyS0".to_owned(),

@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::{Backing, BuildError, HugePages, VmBuilder};
+use crate::{Backing, BuildError, Decompressor, HugePages, VmBuilder};
 
 fn full() -> VmConfig {
     VmConfig {
@@ -17,6 +17,7 @@ fn full() -> VmConfig {
         vcpus: 4,
         memory: MemorySize::gib(5),
         transport: Transport::Mmio,
+        kernel_decompressor: Decompressor::Guest,
         serial: Some(SerialConfig::File("console.log".into())),
         memory_options: MemoryOptions {
             backing: Backing::Memfd,
@@ -113,6 +114,7 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.vcpus, 4);
     assert_eq!(builder.memory, MemorySize::gib(5));
     assert_eq!(builder.transport, full().transport);
+    assert_eq!(builder.kernel_decompressor, Decompressor::Guest);
     assert_eq!(builder.memory_options, full().memory_options);
     assert_eq!(builder.initrd, Some(folder.path().join("initrd.img")));
     assert_eq!(builder.cmdline, full().cmdline);

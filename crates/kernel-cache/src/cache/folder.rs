@@ -20,12 +20,8 @@ use crate::CacheError;
 /// Bits of the mode with which others can write.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
-/// The folder for the kernels of the user whom the process runs as: `kiln/kernels` in
-/// `$XDG_CACHE_HOME`, or else in `$HOME/.cache` (XDG Base Directory Specification). `None` where
-/// neither is set to an absolute path, or where it belongs to another user, as under some `sudo`.
-///
-/// Nothing is made.
-pub fn user_folder() -> Option<PathBuf> {
+/// See [`KernelCache::user_folder`](super::KernelCache::user_folder).
+pub(super) fn user_folder() -> Option<PathBuf> {
     let variable = |name| env::var_os(name).map(PathBuf::from);
     let owner = |path: &Path| fs::metadata(path).ok().map(|metadata| metadata.uid());
     folder_of(

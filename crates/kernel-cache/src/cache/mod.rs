@@ -30,29 +30,31 @@ mod entry;
 mod folder;
 mod identity;
 
+use std::error::Error;
 use std::fs::File;
 use std::io;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
-use crate::unpack::{decompress, in_memory, read_payload};
+use crate::unpack::{decompress, in_memory, read_payload, unpack_into_memory};
 use crate::{CacheError, UnpackError};
 
 use folder::Folder;
-pub use folder::user_folder;
 use identity::Identity;
-
-/// Room for eight kernels of Debian's.
-pub const DEFAULT_LIMIT: u64 = 512 << 20;
 
 /// A folder in which unpacked kernels are kept.
 ///
 /// Clones share the open folder. Any number of processes can use one folder at the same time. What
 /// is removed from it stays as it is for machines that have it mapped.
 #[derive(Clone, Debug)]
-pub struct KernelCache {
-    folder: Arc<Folder>,
+pub struct KernelCache(Arc<Cache>);
+
+#[derive(Debug)]
+struct Cache {
+    path: PathBuf,
+    /// Opened when it is needed; `None` where it cannot be used.
+    folder: OnceLock<Option<Folder>>,
     limit: u64,
 }
 
@@ -78,6 +80,18 @@ pub struct Vmlinux {
 }
 
 impl KernelCache {
+    /// Bytes enough for eight kernels of Debian's.
+    pub const DEFAULT_LIMIT: u64 = 512 << 20;
+
+    /// The folder for the kernels of the user whom the process runs as: `kiln/kernels` in
+    /// `$XDG_CACHE_HOME`, or else in `$HOME/.cache` (XDG Base Directory Specification). `None` where
+    /// neither is set to an absolute path, or where it belongs to another user, as under some `sudo`.
+    ///
+    /// Nothing is made.
+    pub fn user_folder() -> Option<PathBuf> {
+        folder::user_folder()
+    }
+
     /// Opens a folder for a cache, and makes it where it is not there. `limit` is how many bytes the
     /// kernels in it may take together; those that were not used for the longest time go first.
     ///
@@ -86,15 +100,25 @@ impl KernelCache {
     /// [`CacheError`] where the folder cannot be made or opened, belongs to another user, or can be
     /// written to by others.
     pub fn open(folder: impl AsRef<Path>, limit: u64) -> Result<Self, CacheError> {
-        Ok(Self {
-            folder: Arc::new(Folder::open(folder.as_ref())?),
+        let cache = Self::on_demand(folder.as_ref(), limit);
+        // It is new, and so the folder is not set yet.
+        let _ = cache.0.folder.set(Some(Folder::open(folder.as_ref())?));
+        Ok(cache)
+    }
+
+    /// As [`open`](Self::open), but the folder is made and opened when the first kernel is asked for.
+    /// Where it cannot be, one line of the log says so, and kernels are in memory.
+    pub fn on_demand(folder: impl Into<PathBuf>, limit: u64) -> Self {
+        Self(Arc::new(Cache {
+            path: folder.into(),
+            folder: OnceLock::new(),
             limit,
-        })
+        }))
     }
 
     /// The folder.
     pub fn path(&self) -> &Path {
-        self.folder.path()
+        &self.0.path
     }
 
     /// Gives the kernel in a bzImage, from the cache if it is there. The file is only read, and its
@@ -105,6 +129,34 @@ impl KernelCache {
     /// [`UnpackError`], of the bzImage alone: where the cache can't take the kernel, it is in memory,
     /// and one line of the log says so.
     pub fn vmlinux(&self, bzimage: &File) -> Result<Vmlinux, UnpackError> {
+        match self.0.folder() {
+            Some(folder) => folder.vmlinux(bzimage, self.0.limit),
+            None => Ok(Vmlinux {
+                file: unpack_into_memory(bzimage)?,
+                origin: Origin::Memory,
+            }),
+        }
+    }
+}
+
+impl Cache {
+    fn folder(&self) -> Option<&Folder> {
+        let open = || match Folder::open(&self.path) {
+            Ok(folder) => Some(folder),
+            Err(error) => {
+                let why = error
+                    .source()
+                    .map_or_else(String::new, |why| format!(": {why}"));
+                tracing::warn!("{error}{why}; kernels are unpacked into memory");
+                None
+            }
+        };
+        self.folder.get_or_init(open).as_ref()
+    }
+}
+
+impl Folder {
+    fn vmlinux(&self, bzimage: &File, limit: u64) -> Result<Vmlinux, UnpackError> {
         let identity = Identity::of(bzimage).map_err(UnpackError::Read)?;
         if let Some(file) = identity.and_then(|identity| self.remembered(&identity)) {
             return Ok(Vmlinux {
@@ -114,11 +166,11 @@ impl KernelCache {
         }
         let payload = read_payload(bzimage)?;
         let hash = blake3::hash(&payload).to_hex();
-        let (file, origin) = match entry::open_checked(&self.folder, &hash) {
+        let (file, origin) = match entry::open_checked(self, &hash) {
             Some(file) => (file, Origin::Kept),
             None => {
                 let content = decompress(&payload)?;
-                match entry::store(&self.folder, &hash, &content, self.limit) {
+                match entry::store(self, &hash, &content, limit) {
                     Ok(file) => (file, Origin::Unpacked),
                     Err(error) => {
                         let path = self.path().display();
@@ -139,21 +191,21 @@ impl KernelCache {
 
     /// The kernel of a bzImage that was hashed before.
     fn remembered(&self, identity: &Identity) -> Option<File> {
-        let hash = self.folder.read_link(&identity.name())?;
-        entry::open(&self.folder, &hash)
+        let hash = self.read_link(&identity.name())?;
+        entry::open(self, &hash)
     }
 
     fn remember(&self, identity: &Identity, hash: &str) {
         let name = identity.name();
-        let result = match self.folder.link(hash, &name) {
+        let result = match self.link(hash, &name) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                self.folder.remove(&name);
-                self.folder.link(hash, &name)
+                self.remove(&name);
+                self.link(hash, &name)
             }
             other => other,
         };
         match result {
-            Ok(()) => entry::forget_old_identities(&self.folder),
+            Ok(()) => entry::forget_old_identities(self),
             Err(error) => {
                 let path = self.path().display();
                 tracing::debug!("remember a bzImage in `{path}`: {error}");

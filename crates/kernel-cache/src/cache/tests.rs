@@ -123,7 +123,7 @@ fn only_so_many_files_are_remembered() {
     for n in 0..400 {
         symlink("x", cache.path().join(format!("{n}.seen"))).unwrap();
     }
-    entry::forget_old_identities(&cache.folder);
+    entry::forget_old_identities(cache.0.folder().unwrap());
     assert_eq!(files(&cache, ".seen").len(), 256);
 }
 
@@ -343,7 +343,7 @@ fn a_writer_that_is_killed_leaves_whole_kernels() {
     assert!(!files(&cache, "").is_empty());
     for path in files(&cache, ".vmlinux") {
         let hash = path.file_stem().unwrap().to_str().unwrap();
-        assert!(entry::open_checked(&cache.folder, hash).is_some());
+        assert!(entry::open_checked(cache.0.folder().unwrap(), hash).is_some());
     }
 }
 
@@ -371,6 +371,18 @@ fn a_folder_that_is_not_ours_alone_is_refused() {
     fs::write(folder.path().join("file"), "").unwrap();
     let error = KernelCache::open(folder.path().join("file/kernels"), LIMIT).unwrap_err();
     assert!(matches!(error, CacheError::Open { .. }), "{error}");
+}
+
+#[test]
+fn a_folder_that_cannot_be_used_is_done_without() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "").unwrap();
+    let cache = KernelCache::on_demand(folder.path().join("file/kernels"), LIMIT);
+    assert_is(&cache.vmlinux(&bzimage(1)).unwrap(), 1, Origin::Memory);
+    let cache = KernelCache::on_demand(folder.path().join("kernels"), LIMIT);
+    assert!(!cache.path().exists());
+    assert_is(&cache.vmlinux(&bzimage(1)).unwrap(), 1, Origin::Unpacked);
+    assert_is(&cache.vmlinux(&bzimage(1)).unwrap(), 1, Origin::Kept);
 }
 
 /// A small file system of its own.
