@@ -29,6 +29,7 @@ pub mod cargo;
 pub mod cpio;
 pub mod host;
 pub mod initrd;
+mod integration;
 pub mod modules;
 pub mod nested;
 pub mod packages;

@@ -1,23 +1,17 @@
 //! `cargo xtask test`: everything that CI runs, step by step.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::{api, assets, cargo, nested, packages, place, process};
+use crate::{api, assets, cargo, integration, packages, process};
 
-/// How long the tests with real guests may take together.
-const LINUX_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// The integration tests that boot all that Debian ships, which takes too long for every run.
 const DISTRIBUTION: &str = "distribution";
-/// The memory of the nested machine, in mebibytes: what guests touch, and the files that they and
-/// the tests write.
-const LINUX_MEMORY: u32 = 5000;
-
 /// What `cargo xtask test` is asked to do.
 #[derive(Clone, Debug, Args)]
 pub struct TestArgs {
@@ -159,30 +153,7 @@ fn linux(filter: Option<&str>, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
     let kiln = cargo::build_kiln()?;
     let mut tests = cargo::build_integration_tests()?;
     tests.retain(|test| is_wanted(name_of(test)));
-    // One nested machine for all of them. Tests with guests are marked as ignored, since plain
-    // `cargo test` cannot run them on every machine. Without a filter those are left out that need
-    // not run over MMIO as well each time.
-    let script = r#"
-        kiln=$1; filter=$2; shift 2
-        status=0
-        for test; do
-            echo "Running $test"
-            KILN=$kiln "$test" --include-ignored "${filter:---skip=then_mmio_in_full}" || status=1
-        done
-        exit $status"#;
-    let mut command: Vec<OsString> = ["sh", "-c", script, "sh"].map(Into::into).into();
-    command.push(kiln.into());
-    command.push(filter.unwrap_or_default().into());
-    command.extend(tests.into_iter().map(OsString::from));
-    let options = nested::Options {
-        memory: LINUX_MEMORY,
-        limit: Some(LINUX_LIMIT),
-        input: false,
-        ..nested::Options::default()
-    };
-    let status = place::run("testing with Linux guests", &options, &command)?;
-    ensure!(status == 0, "the tests ended with exit status {status}");
-    Ok(())
+    integration::run(&kiln, &tests, filter)
 }
 
 /// Returns the name of the file that cargo built the program `test` from: `linux` of
