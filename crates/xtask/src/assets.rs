@@ -28,12 +28,14 @@ const FLAVOUR: &str = "cloud-amd64";
 const NESTED_SERIES: &str = "6.12";
 
 /// What a guest loads: the transports and devices of virtio, the power button, and panic reports.
-const GUEST_MODULES: [&str; 9] = [
+const GUEST_MODULES: [&str; 11] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "virtio_balloon",
+    "virtio_console",
+    "virtio_rng",
     "vmw_vsock_virtio_transport",
     "button",
     "evdev",

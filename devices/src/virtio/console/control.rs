@@ -140,10 +140,10 @@ impl Control {
             if known.name.is_none() && port.size != known.size {
                 let (columns, rows) = known.size;
                 let mut bytes = message(index, RESIZE, 0);
-                // The specification names the columns first, and Linux has read the rows first
-                // since before there was one.
-                bytes.extend(rows.to_le_bytes());
+                // As the specification says. Linux read the rows first for years, and Debian's 6.1
+                // and 6.12 of today do not any more.
                 bytes.extend(columns.to_le_bytes());
+                bytes.extend(rows.to_le_bytes());
                 return Some((bytes, Told(index, What::Size(known.size))));
             }
         }

@@ -45,13 +45,13 @@ fn a_driver_is_told_of_every_port_in_the_order_of_the_specification(kind: Transp
     guest.say(0, 3, 1);
     assert_eq!(guest.hear(), (0, 4, 1, Vec::new()));
     assert_eq!(guest.hear(), (0, 6, 1, Vec::new()));
-    assert_eq!(guest.hear(), (0, 5, 0, vec![25, 0, 80, 0]));
+    assert_eq!(guest.hear(), (0, 5, 0, vec![80, 0, 25, 0]));
     guest.say(2, 3, 1);
     assert_eq!(guest.hear(), (2, 7, 1, b"org.kiln.second".to_vec()));
     guest.say(1, 3, 1);
     assert_eq!(guest.hear(), (1, 7, 1, b"first".to_vec()));
     size.set(300, 100);
-    assert_eq!(guest.hear(), (0, 5, 0, vec![100, 0, 44, 1]));
+    assert_eq!(guest.hear(), (0, 5, 0, vec![44, 1, 100, 0]));
     // A driver that begins anew is told anew.
     guest.driver.start(MULTIPORT | SIZE, 16);
     guest.say(0, 0, 1);
@@ -303,7 +303,7 @@ fn what_the_driver_knows_outlives_a_pause_and_a_restore() {
     guest.take_ports_on(&[true, true]);
     guest.say(1, 6, 1);
     size.set(80, 25);
-    assert_eq!(guest.hear(), (0, 5, 0, vec![25, 0, 80, 0]));
+    assert_eq!(guest.hear(), (0, 5, 0, vec![80, 0, 25, 0]));
     guest.driver.transport.pause();
     host.write_all(b"meanwhile").unwrap();
     guest.driver.transport.resume();
