@@ -49,6 +49,9 @@ mod documentation {
     #[doc = include_str!("../../docs/embedding.md")]
     struct Embedding;
 
+    #[doc = include_str!("../../docs/console.md")]
+    struct Consoles;
+
     #[doc = include_str!("../../docs/vsock.md")]
     struct Vsock;
 }
