@@ -730,6 +730,24 @@ mod tests {
     }
 
     #[test]
+    fn the_host_or_the_guest_unpacks_a_kernel() {
+        let given = |args: &[&str]| {
+            let args = [&["kiln", "run", "--kernel", "k"], args].concat();
+            match Cli::try_parse_from(args)?.command {
+                Command::Run(run) => Ok((run.kernel_decompressor, run.no_kernel_cache)),
+                Command::Check => panic!("it is another command"),
+            }
+        };
+        let parsed = |args: &[&str]| given(args).unwrap();
+        assert_eq!(parsed(&[]), (None, false));
+        assert_eq!(parsed(&["--no-kernel-cache"]), (None, true));
+        let guest = parsed(&["--kernel-decompressor", "guest"]);
+        assert_eq!(guest, (Some(Decompressor::Guest), false));
+        let error: clap::Error = given(&["--kernel-decompressor", "both"]).unwrap_err();
+        assert!(error.to_string().contains("`host` and `guest`"), "{error}");
+    }
+
+    #[test]
     fn a_serial_port_leads_to_one_of_three() {
         assert_eq!("stdio".parse(), Ok(SerialArg::Stdio));
         assert_eq!("null".parse(), Ok(SerialArg::Null));

@@ -1,7 +1,7 @@
 //! From a bzImage to the ELF image that is packed in it.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -14,36 +14,49 @@ use crate::compression::Compression;
 /// ones have.
 pub const SIZE_LIMIT: u64 = 512 << 20;
 
+/// What is written or left out at a time.
+const BLOCK_SIZE: usize = 1 << 16;
+static ZEROS: [u8; BLOCK_SIZE] = [0; BLOCK_SIZE];
+
 /// Of the size behind the packed kernel.
 const SIZE_FIELD: usize = 4;
 
 /// Unpacks the kernel in a bzImage: its ELF image, with the table of relocations behind it that
 /// only the bzImage's own code uses.
 ///
-/// It takes memory for the packed and the unpacked kernel, and a few megabytes more for some of the
-/// decoders, whatever is in the file. Nothing but regular reads is done to the file; its position
-/// stays.
+/// It takes memory for the unpacked kernel, and a few megabytes more for some of the decoders,
+/// whatever is in the bzImage.
 ///
 /// # Errors
 ///
-/// [`UnpackError`], for all but a whole bzImage that is not larger than [`SIZE_LIMIT`].
-pub fn unpack(bzimage: &File) -> Result<Vec<u8>, UnpackError> {
-    decompress(&read_payload(bzimage)?)
+/// [`UnpackError`], for all but a whole bzImage with a kernel that is not larger than [`SIZE_LIMIT`].
+pub fn unpack(bzimage: &[u8]) -> Result<Vec<u8>, UnpackError> {
+    let range = bzimage::payload(bzimage, bzimage.len() as u64)?;
+    check_size(range.end - range.start)?;
+    // It was found to lie in the slice.
+    decompress(&bzimage[range.start as usize..range.end as usize])
 }
 
-/// As [`unpack`], into a file that is only in memory.
+/// As [`unpack`], from a file into one that is only in memory. The file is only read, and its
+/// position stays.
 ///
 /// # Errors
 ///
-/// As for [`unpack`], and [`UnpackError::Memory`].
+/// As for [`unpack`], [`UnpackError::Read`], and [`UnpackError::Memory`].
 pub fn unpack_into_memory(bzimage: &File) -> Result<File, UnpackError> {
-    in_memory(&unpack(bzimage)?)
+    in_memory(&decompress(&read_payload(bzimage)?)?)
 }
 
 pub(crate) fn in_memory(content: &[u8]) -> Result<File, UnpackError> {
     let file = memfd_create("kiln-vmlinux", MemfdFlags::CLOEXEC).map(File::from);
-    let written = file.map_err(io::Error::from).and_then(|mut file| {
-        file.write_all(content)?;
+    let written = file.map_err(io::Error::from).and_then(|file| {
+        file.set_len(content.len() as u64)?;
+        // A third of a kernel's pages are zeros, which take no memory where they are not written.
+        for (block, offset) in content.chunks(BLOCK_SIZE).zip((0..).step_by(BLOCK_SIZE)) {
+            if block != &ZEROS[..block.len()] {
+                file.write_all_at(block, offset)?;
+            }
+        }
         Ok(file)
     });
     written.map_err(UnpackError::Memory)
