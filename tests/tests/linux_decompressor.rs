@@ -1,5 +1,7 @@
 //! Debian's kernels unpacked by the host, from its cache or not, and by themselves.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
