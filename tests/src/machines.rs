@@ -61,6 +61,23 @@ pub fn belongings() -> (usize, usize, usize) {
     (count("/proc/self/task"), count("/proc/self/fd"), mappings)
 }
 
+/// What this process has when the threads that were joined have left the system's list.
+#[must_use]
+pub fn settled_belongings() -> (usize, usize, usize) {
+    std::thread::sleep(Duration::from_millis(300));
+    belongings()
+}
+
+/// Asserts that this process has again what it had before. A thread that was joined stays in the
+/// system's list for a moment longer.
+pub fn assert_belongings(before: (usize, usize, usize), when: &str) {
+    let since = std::time::Instant::now();
+    while belongings() != before && since.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(belongings(), before, "{when}");
+}
+
 /// The length in bytes of a mapping, from its line in the list of them.
 fn length(line: &str) -> u64 {
     let range = line.split(' ').next().unwrap();

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
-use kiln_tests::machines::{belongings, builder};
+use kiln_tests::machines::{assert_belongings, builder, settled_belongings};
 use kiln_tests::{guests, host};
 use kiln_vmm::{Console, ConsoleInput, ConsoleOutput, Disk, Vm, VmBuilder, VmExit, VmHandle};
 
@@ -180,7 +180,7 @@ fn a_machine_whose_making_fails_at_any_step_leaves_nothing() {
         ),
         (false, &["eventfd", "epoll_create1", "epoll_ctl"]),
     ] {
-        let before = belongings();
+        let before = settled_belongings();
         let mut failed = BTreeMap::new();
         for step in 0.. {
             let (built, call) = failing(on_test, step, build);
@@ -197,7 +197,7 @@ fn a_machine_whose_making_fails_at_any_step_leaves_nothing() {
                     assert_eq!(exit, VmExit::Shutdown, "{call}");
                 }
             }
-            assert_eq!(belongings(), before, "after step {step}, {call}");
+            assert_belongings(before, &format!("after step {step}, {call}"));
         }
         eprintln!("building, on the test's thread: {on_test}: {failed:?}");
         for call in expected {
@@ -206,7 +206,7 @@ fn a_machine_whose_making_fails_at_any_step_leaves_nothing() {
     }
 
     for on_test in [true, false] {
-        let before = belongings();
+        let before = settled_belongings();
         let mut failed = BTreeMap::new();
         for step in 0.. {
             let vm = build().unwrap();
@@ -218,11 +218,7 @@ fn a_machine_whose_making_fails_at_any_step_leaves_nothing() {
             if let Ok(exit) = started {
                 assert_ne!(exit, VmExit::Stopped, "{call}");
             }
-            assert_eq!(
-                belongings(),
-                before,
-                "after the start's step {step}, {call}"
-            );
+            assert_belongings(before, &format!("after the start's step {step}, {call}"));
         }
         eprintln!("starting, on the test's thread: {on_test}: {failed:?}");
         let expected = if on_test { "pthread_create" } else { "ioctl" };

@@ -7,7 +7,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kiln_tests::machines::{belongings, builder, end, is_alone, start};
+use kiln_tests::machines::{
+    assert_belongings, belongings, builder, end, is_alone, settled_belongings, start,
+};
 use kiln_tests::stubborn::STUBBORN;
 use kiln_tests::{guests, host};
 use kiln_vmm::{
@@ -313,7 +315,7 @@ fn a_hundred_machines_live_in_one_process_and_leave_nothing() {
     }
     let host = host!();
     start(&host, guests::power_off()).wait().unwrap();
-    let before = belongings();
+    let before = settled_belongings();
     for _ in 0..5 {
         let machines: Vec<_> = (0..20)
             .map(|_| start(&host, guests::exit_storm()))
@@ -335,7 +337,7 @@ fn a_hundred_machines_live_in_one_process_and_leave_nothing() {
             assert_eq!(end(machine), VmExit::Stopped);
         }
     }
-    assert_eq!(belongings(), before);
+    assert_belongings(before, "after the last machine");
 }
 
 #[test]
@@ -346,7 +348,7 @@ fn a_machine_dropped_at_any_point_of_its_life_leaves_nothing() {
     let host = host!();
     // Once, so that what is made once a process is there.
     start(&host, guests::power_off()).wait().unwrap();
-    let before = belongings();
+    let before = settled_belongings();
     for _ in 0..20 {
         drop(builder(&host, guests::busy()).build().unwrap());
         drop(start(&host, guests::busy()));
@@ -369,7 +371,7 @@ fn a_machine_dropped_at_any_point_of_its_life_leaves_nothing() {
                 .is_err()
         );
     }
-    assert_eq!(belongings(), before);
+    assert_belongings(before, "after the last machine");
 }
 
 #[test]
