@@ -228,6 +228,7 @@ fn a_device_that_panics_at_rest_ends_its_machine_and_not_the_thread_that_pauses(
             .virtio_device_on(Transport::Mmio, "panics", PanicsAtRest)
             .build()
             .unwrap();
+        let events = vm.events().unwrap();
         let handle = vm.start().unwrap();
         while handle.exit_counts()[0].pio_out == 0 {
             std::thread::yield_now();
@@ -238,7 +239,12 @@ fn a_device_that_panics_at_rest_ends_its_machine_and_not_the_thread_that_pauses(
             handle.stop();
         }
         let expected = "a device panicked: no rest for this device".to_owned();
-        assert_eq!(end(&handle), VmExit::DeviceFailure(expected));
+        assert_eq!(end(&handle), VmExit::DeviceFailure(expected.clone()));
+        let error = VmEvent::DeviceError {
+            device: "a device".to_owned(),
+            reason: expected,
+        };
+        assert!(events.into_iter().any(|event| event == error));
     }
 }
 

@@ -1,10 +1,12 @@
 //! A virtual machine, before and after its start.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::Duration;
 
-use kiln_device_api::ExitRequest;
+use kiln_device_api::{ExitRequest, panic_message};
 use kiln_devices::acpi::PowerButton;
 use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_io_thread::IoHandle;
@@ -77,7 +79,12 @@ impl Vm {
         // Called on the I/O thread: it must not wait for vCPUs, which may wait for it. Nor may it
         // be the last to hold the manager, whose drop would wait: a failure comes from a device,
         // and the machine that holds the devices ends after the manager.
-        failure.on_failure(move || {
+        let events = Arc::clone(&running.events);
+        failure.on_failure(move |reason| {
+            events.send(&VmEvent::DeviceError {
+                device: "a device".to_owned(),
+                reason: reason.to_owned(),
+            });
             if let Some(manager) = stopper.upgrade() {
                 manager.request_stop();
             }
@@ -124,6 +131,8 @@ struct Running {
     io: IoHandle,
     /// The vCPUs' manager, where its last owner could not wait for them.
     kept: Mutex<Option<Arc<VcpuManager>>>,
+    /// The thread that stops, pauses or resumes the devices, with the machine's lock held.
+    calls_devices: Mutex<Option<ThreadId>>,
     /// Set when everything is at rest.
     exit: Mutex<Option<VmExit>>,
     ended: Condvar,
@@ -139,6 +148,7 @@ impl Running {
             events: Arc::clone(&machine.events),
             io: machine.io.handle().clone(),
             kept: Mutex::default(),
+            calls_devices: Mutex::default(),
             machine: Mutex::new(machine),
             exit: Mutex::default(),
             ended: Condvar::new(),
@@ -171,15 +181,37 @@ impl Running {
     fn finish(&self, end: &MachineEnd) {
         self.metrics.end();
         let machine = self.machine();
-        machine.stop_devices(match end {
+        let patience = match end {
             MachineEnd::Stopped => STOPPED_SERIAL_PATIENCE,
             _ => SERIAL_PATIENCE,
-        });
+        };
+        // What belongs to the embedder may panic here; the machine has ended all the same.
+        let stop = || self.with_devices(|| machine.stop_devices(patience));
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(stop)) {
+            let message = panic_message(&*payload);
+            machine
+                .failure()
+                .report(format!("a device panicked: {message}"));
+        }
         let exit = VmExit::new(end.clone(), machine.failure().message());
         drop(machine);
         *lock(&self.exit) = Some(exit.clone());
         self.ended.notify_all();
         self.events.end(&exit);
+    }
+
+    /// Runs `f`, which calls devices, on this thread: one that the machine's end waits for then.
+    fn with_devices<R>(&self, f: impl FnOnce() -> R) -> R {
+        /// Takes the mark away, also where a device panics.
+        struct Mark<'a>(&'a Mutex<Option<ThreadId>>);
+        impl Drop for Mark<'_> {
+            fn drop(&mut self) {
+                *lock(self.0) = None;
+            }
+        }
+        *lock(&self.calls_devices) = Some(thread::current().id());
+        let _mark = Mark(&self.calls_devices);
+        f()
     }
 
     /// Waits until everything is at rest, for at most `timeout` if there is one.
@@ -216,7 +248,9 @@ struct Inner {
 impl Inner {
     /// Whether this is one of the threads that the machine's end waits for.
     fn is_own_thread(&self) -> bool {
-        self.running.io.is_current() || self.manager.is_vcpu_thread()
+        self.running.io.is_current()
+            || self.manager.is_vcpu_thread()
+            || *lock(&self.running.calls_devices) == Some(thread::current().id())
     }
 }
 
@@ -287,7 +321,7 @@ impl VmHandle {
         let machine = self.inner.running.machine();
         let was_paused = self.inner.manager.is_paused();
         self.inner.manager.pause()?;
-        machine.pause_devices();
+        self.inner.running.with_devices(|| machine.pause_devices());
         if machine.failure().message().is_some() {
             return Err(kiln_vcpu_manager::Error::Ended.into());
         }
@@ -309,7 +343,7 @@ impl VmHandle {
         let machine = self.inner.running.machine();
         let was_paused = self.inner.manager.is_paused();
         if lock(&self.inner.running.exit).is_none() {
-            machine.resume_devices();
+            self.inner.running.with_devices(|| machine.resume_devices());
         }
         if was_paused {
             // Before the first of what the guest does then.

@@ -105,11 +105,14 @@ impl Machine {
     }
 }
 
+/// Told why a device failed.
+type OnFailure = Box<dyn FnOnce(&str) + Send>;
+
 /// Why a device failed on the I/O thread, and what to do about it.
 #[derive(Default)]
 pub(crate) struct DeviceFailure {
     message: OnceLock<String>,
-    stop: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    stop: Mutex<Option<OnFailure>>,
 }
 
 impl DeviceFailure {
@@ -120,8 +123,8 @@ impl DeviceFailure {
         }
     }
 
-    /// Has `stop` called once a device has failed.
-    pub(crate) fn on_failure(&self, stop: impl FnOnce() + Send + 'static) {
+    /// Has `stop` called with the reason once a device has failed.
+    pub(crate) fn on_failure(&self, stop: impl FnOnce(&str) + Send + 'static) {
         *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(stop));
         if self.message.get().is_some() {
             self.call();
@@ -138,8 +141,8 @@ impl DeviceFailure {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        if let Some(stop) = stop {
-            stop();
+        if let (Some(stop), Some(message)) = (stop, self.message.get()) {
+            stop(message);
         }
     }
 }

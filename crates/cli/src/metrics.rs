@@ -1,6 +1,7 @@
 //! `--metrics`: the file that a machine's metrics are written to while it lives.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::{self, JoinHandle};
@@ -46,7 +47,7 @@ impl MetricsFile {
         let mut temporary = name.to_owned();
         temporary.push(format!(".{}.tmp", std::process::id()));
         let temporary = path.with_file_name(temporary);
-        fs::write(&temporary, "")?;
+        write_new(&temporary, "")?;
         fs::remove_file(&temporary)?;
         Ok(Self {
             path,
@@ -62,7 +63,7 @@ impl MetricsFile {
             MetricsFormat::Json => serde_json::to_string_pretty(metrics)? + "\n",
             MetricsFormat::Prometheus => metrics.to_prometheus(),
         };
-        fs::write(&self.temporary, text)
+        write_new(&self.temporary, &text)
             .and_then(|()| fs::rename(&self.temporary, &self.path))
             .inspect_err(|_| drop(fs::remove_file(&self.temporary)))
             .with_context(|| format!("write metrics to `{}`", self.path.display()))
@@ -92,6 +93,20 @@ impl MetricsFile {
             .context("start a thread for metrics")?;
         Ok(Follower { end, thread })
     }
+}
+
+/// Writes a file that was not there. What is in its place - left by an earlier run, or a link put
+/// there by somebody else - is removed and not written to.
+fn write_new(path: &Path, text: &str) -> io::Result<()> {
+    let create = || File::options().write(true).create_new(true).open(path);
+    let mut file = match create() {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::remove_file(path)?;
+            create()?
+        }
+        created => created?,
+    };
+    file.write_all(text.as_bytes())
 }
 
 fn by_extension(path: &Path) -> MetricsFormat {

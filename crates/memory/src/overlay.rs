@@ -24,7 +24,8 @@ const PAGE_SIZE: u64 = 4096;
 ///
 /// # Errors
 ///
-/// [`Error::MapFile`] where the host refuses, as for a file on a file system that cannot map.
+/// [`Error::MapFile`] where the host refuses, as for a file on a file system that cannot map. The
+/// RAM there is then all zeros.
 ///
 /// ```
 /// use kiln_memory::{MemoryOptions, allocate, map_file};
@@ -78,14 +79,34 @@ pub fn map_file(
         )
     };
     if mapped == libc::MAP_FAILED {
+        let source = io::Error::last_os_error();
+        put_back(start.cast(), length);
         return Err(Error::MapFile {
             size: MemorySize::bytes(size),
-            source: io::Error::last_os_error(),
+            source,
         });
     }
     // SAFETY: the range is the mapping just made, and the advice changes nothing in it.
     unsafe { libc::madvise(start.cast(), length, libc::MADV_DONTDUMP) };
     Ok(true)
+}
+
+/// Puts empty memory where a file could not be mapped: the host may have unmapped what was there
+/// before it asked the file.
+fn put_back(start: *mut libc::c_void, length: usize) {
+    // SAFETY: the range is that of guest RAM, which is still `memory`'s to be accessed and, at its
+    // end, to be unmapped, and holds nothing yet that could be lost.
+    // Where this fails too, whatever reads into the range says so.
+    unsafe {
+        libc::mmap(
+            start,
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
 }
 
 #[cfg(test)]

@@ -204,12 +204,18 @@ impl IoApic {
     /// are still asserted again.
     pub fn end_of_interrupt(&self, vector: u8) {
         let mut registers = self.lock();
+        let mut was_kept = false;
         for pin in 0..PINS {
             let entry = &mut registers.entries[pin];
             if *entry & LEVEL != 0 && *entry & VECTOR == u64::from(vector) {
+                // What was masked in service had its route until here.
+                was_kept |= *entry & (MASKED | REMOTE_IRR) == MASKED | REMOTE_IRR;
                 *entry &= !REMOTE_IRR;
                 self.deliver(&mut registers, pin);
             }
+        }
+        if was_kept {
+            self.update_routes(&mut registers);
         }
     }
 
@@ -242,7 +248,7 @@ impl IoApic {
             .zip(self.used)
             .filter(|(_, used)| *used)
             .filter_map(|((gsi, entry), _)| {
-                let message = message(*entry)?;
+                let message = route(*entry)?;
                 Some(MsiRoute { gsi, message })
             });
         if routes.clone().ne(registers.routes.iter().copied()) {
@@ -297,10 +303,28 @@ fn table_place(select: u8) -> Option<(usize, bool)> {
     (pin < PINS).then_some((pin, index % 2 == 1))
 }
 
-/// The message that an entry asks for; none where it is masked, or asks for a vector from an 8259
-/// interrupt controller, which is not there.
+/// The message that an entry is routed to. One that is masked while its interrupt is in service
+/// keeps its route: by it KVM knows that it has to tell of the end. Nothing is sent by it, as what
+/// is level-triggered is not sent by an irqfd.
+fn route(entry: u64) -> Option<MsiMessage> {
+    if entry & (LEVEL | REMOTE_IRR) == LEVEL | REMOTE_IRR {
+        return compose(entry);
+    }
+    message(entry)
+}
+
+/// The message that an entry sends; none where it is masked.
 fn message(entry: u64) -> Option<MsiMessage> {
-    if entry & MASKED != 0 || entry & DELIVERY_MODE == DELIVERY_EXTINT {
+    if entry & MASKED != 0 {
+        return None;
+    }
+    compose(entry)
+}
+
+/// The message that an entry asks for; none where it asks for a vector from an 8259 interrupt
+/// controller, which is not there.
+fn compose(entry: u64) -> Option<MsiMessage> {
+    if entry & DELIVERY_MODE == DELIVERY_EXTINT {
         return None;
     }
     let extended = (entry >> EXTENDED_DESTINATION_SHIFT) & EXTENDED_DESTINATION;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use super::folder::{Folder, Listed};
 use super::identity;
@@ -201,7 +202,8 @@ fn was_interrupted(folder: &Folder, temporary: &Listed) -> bool {
     let Some(file) = folder.open_ours(&temporary.name) else {
         return true;
     };
-    flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+    // Where there are no locks they go by their age.
+    flock(&file, FlockOperation::NonBlockingLockExclusive) != Err(Errno::WOULDBLOCK)
 }
 
 /// Removes the oldest links by identity where there are too many.

@@ -70,7 +70,7 @@ impl Link {
             counters: Arc::default(),
             drained: Condvar::new(),
             input_waits: AtomicBool::new(false),
-            wake: EventFd::new(EFD_NONBLOCK)?,
+            wake: EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             #[cfg(test)]
             calls: std::sync::atomic::AtomicUsize::new(0),
         })
