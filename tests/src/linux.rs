@@ -23,6 +23,10 @@ pub const PATIENCE: Duration = Duration::from_secs(180);
 /// the transport makes no difference but that there is no PCI bus, and tests that take minutes.
 #[macro_export]
 macro_rules! over_every_transport {
+    (; over mmio when asked: $($other:ident),+ $(,)?) => {
+        $crate::over_every_transport!(@ pci Pci $($other)+);
+        $crate::over_every_transport!(@ then_mmio_in_full Mmio $($other)+);
+    };
     ($($name:ident),+ $(,)? $(; over mmio when asked: $($other:ident),+ $(,)?)?) => {
         $crate::over_every_transport!(@ pci Pci $($name)+ $($($other)+)?);
         $crate::over_every_transport!(@ then_mmio Mmio $($name)+);

@@ -15,6 +15,7 @@ use kiln_tests::vsock::{CID, ECHO, VsockGuest};
 use kiln_vmm::Transport;
 
 kiln_tests::over_every_transport!(
+    ; over mmio when asked:
     two_hundred_streams_carry_data_both_ways,
     programs_killed_on_either_side_leave_nothing_behind,
 );
