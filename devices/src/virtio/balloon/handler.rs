@@ -27,6 +27,9 @@ const BATCH: usize = 1024;
 const TURN_NUMBERS: usize = 4 * BATCH;
 /// The bytes of reports that a turn gives back.
 const TURN_BYTES: usize = 64 << 20;
+/// What a piece of a report counts for at least: each is a system call, and a turn makes no more of
+/// them for reports than for page numbers.
+const PIECE_BYTES: usize = TURN_BYTES / TURN_NUMBERS;
 /// The queues that a balloon has at most.
 const QUEUES: usize = 5;
 const STATISTICS: u16 = 2;
@@ -185,8 +188,7 @@ impl BalloonHandler {
                 let counter = &self.shared.counters.reported_bytes;
                 count_given(given, counter, &self.shared, &mut self.warned, &self.span);
                 chain.writable.skip(len)?;
-                // A page is the least that a call costs.
-                left = left.saturating_sub(len.max(PAGE_SIZE as usize));
+                left = left.saturating_sub(len.max(PIECE_BYTES));
                 done += len;
             }
             turn.complete(chain, 0)?;

@@ -278,6 +278,28 @@ fn a_report_of_all_ram_many_times_over_holds_up_nobody_else() {
 }
 
 #[test]
+fn reports_of_more_pieces_than_a_turn_takes_are_taken_whole() {
+    let (mut driver, control) = driver(STATS_VQ | PAGE_REPORTING);
+    let pieces: Vec<_> = (0..1000)
+        .map(|n| Buffer::writable(DATA + n * PAGE, PAGE as u32))
+        .collect();
+    let table = |n: u64| NUMBERS + n * 0x4000;
+    driver.transport.pause();
+    for n in 0..10 {
+        let queue = &mut driver.queues[REPORT];
+        let head = queue.indirect(&driver.memory, table(n), &pieces);
+        queue.make_available(&driver.memory, head);
+    }
+    driver.transport.resume();
+    for _ in 0..10 {
+        driver.queues[REPORT].wait_used(&driver.memory);
+    }
+    let reported = control.counters().reported_bytes.load(Ordering::Relaxed);
+    assert_eq!(reported, 10_000 * PAGE);
+    assert_eq!(held(&driver), RAM.as_bytes() - 1000 * PAGE);
+}
+
+#[test]
 fn a_report_that_is_not_all_ram_gives_nothing_back_and_needs_a_reset() {
     for bad in [
         Buffer::writable(MockDriver::HOLE - 0x1000, 0x2000),

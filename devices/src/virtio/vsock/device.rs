@@ -161,7 +161,11 @@ impl VirtioDevice for Vsock {
     }
 
     fn deactivate(&mut self) -> Vec<ActiveQueue> {
-        self.worker.deactivate()
+        let queues = self.worker.deactivate();
+        if let Some(handler) = self.worker.handler_mut() {
+            handler.stop();
+        }
+        queues
     }
 
     fn reset(&mut self) {

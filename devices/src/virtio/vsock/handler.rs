@@ -44,6 +44,8 @@ const LAST_PORT: u32 = (1 << 31) - 1;
 const ROUNDS: usize = 4;
 /// How often a program is tried again that has too many connections waiting.
 pub(super) const RETRY: Duration = Duration::from_millis(10);
+/// How many connections are tried again each time: a guest may have many of them wait.
+const DIALS: usize = 32;
 /// How often it is looked for what has taken too long.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -96,6 +98,10 @@ pub(super) struct Handler {
     /// A client may be readable.
     look_at_clients: bool,
     next_port: u32,
+    /// The slot from which on connections are tried again.
+    next_dial: usize,
+    /// When the work on the queues has ended, while there is none.
+    stopped: Option<Instant>,
 }
 
 impl Handler {
@@ -123,7 +129,30 @@ impl Handler {
             acceptable: true,
             look_at_clients: false,
             next_port: FIRST_PORT,
+            next_dial: 0,
+            stopped: None,
         })
+    }
+
+    /// The work on the queues has ended, and the clocks of connections stand still.
+    pub(super) fn stop(&mut self) {
+        self.stopped.get_or_insert_with(Instant::now);
+    }
+
+    /// Lets the clocks go on: a guest that was paused could not answer.
+    fn postpone_deadlines(&mut self) {
+        let Some(pause) = self.stopped.take().map(|stopped| stopped.elapsed()) else {
+            return;
+        };
+        for client in self.clients.iter_mut().flatten() {
+            client.deadline += pause;
+        }
+        for slot in self.streams.occupied() {
+            let stream = self.streams.get_mut(slot);
+            if let Some(deadline) = stream.and_then(|stream| stream.deadline.as_mut()) {
+                *deadline += pause;
+            }
+        }
     }
 
     /// Forgets all connections, whose sockets are not waited for any more.
@@ -326,13 +355,23 @@ impl Handler {
         while self.clients.pop_if(|client| client.is_none()).is_some() {}
         let mut waiting = !self.clients.is_empty();
         let mut soon = false;
-        for slot in self.streams.occupied() {
+        let mut dials = 0;
+        let mut slots = self.streams.occupied();
+        let first = slots.partition_point(|slot| *slot < self.next_dial);
+        slots.rotate_left(first);
+        for slot in slots {
             let Some(stream) = self.streams.get_mut(slot) else {
                 continue;
             };
             let late = stream.deadline.is_some_and(|deadline| deadline <= now);
             let dialed = match &stream.socket {
-                Socket::Dialing(dial) => Some(dial.connect()),
+                Socket::Dialing(dial) if dials < DIALS => {
+                    dials += 1;
+                    self.next_dial = slot + 1;
+                    Some(dial.connect())
+                }
+                // It is for another time, if there is one.
+                Socket::Dialing(_) => Some(Err(io::ErrorKind::WouldBlock.into())),
                 Socket::Connected(_) | Socket::Closed => None,
             };
             match dialed {
@@ -401,6 +440,7 @@ impl QueueHandler for Handler {
         self.acceptable = true;
         self.look_at_clients = true;
         self.timer_due = None;
+        self.postpone_deadlines();
         self.register(registrar)?;
         self.run_timer(RETRY);
         Ok(())

@@ -226,6 +226,62 @@ fn a_program_with_too_many_connections_waiting_is_tried_again() {
 }
 
 #[test]
+fn more_than_are_tried_again_at_once_are_all_connected() {
+    let mut setup = Setup::new();
+    let path = setup.folder.path().join("vsock_52");
+    let address = rustix::net::SocketAddrUnix::new(&path).unwrap();
+    let listener = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::STREAM,
+        None,
+    )
+    .unwrap();
+    rustix::net::bind(&listener, &address).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let listener = UnixListener::from(listener);
+    for port in 0..100 {
+        setup.guest.send(&Packet::new(REQUEST, port, 52));
+    }
+    // Those that are tried first do not have what others wait for.
+    let other = setup.listen(53);
+    setup.guest.send(&Packet::new(REQUEST, 100, 53));
+    other.accept().unwrap();
+    let programs: Vec<_> = (0..100).map(|_| listener.accept().unwrap().0).collect();
+    let mut ports = std::collections::BTreeSet::new();
+    while ports.len() < 101 {
+        let packet = setup.guest.receive();
+        if packet.op == RESPONSE {
+            ports.insert(packet.dst_port);
+        }
+    }
+    drop(programs);
+}
+
+#[test]
+fn a_pause_does_not_count_for_those_who_wait() {
+    let mut setup = Setup::with_patience(Patience {
+        handshake: Duration::from_millis(500),
+        ..PATIENT
+    });
+    let begin = Instant::now();
+    let silent = setup.client("CONN");
+    let unanswered = setup.client("CONNECT 5000\n");
+    setup.guest.expect(REQUEST);
+    setup.guest.driver.transport.pause();
+    let spent = begin.elapsed();
+    std::thread::sleep(Duration::from_millis(600));
+    let resumed = Instant::now();
+    setup.guest.driver.transport.resume();
+    // What was left before is left now.
+    let left = Duration::from_millis(500).saturating_sub(spent);
+    expect_end(&silent);
+    assert!(resumed.elapsed() >= left, "the client");
+    setup.guest.expect(RST);
+    assert!(resumed.elapsed() >= left, "the connection");
+    expect_end(&unanswered);
+}
+
+#[test]
 fn a_guest_without_buffers_waits_and_nothing_piles_up() {
     let mut setup = Setup::new();
     setup.guest.start_without_buffers();
