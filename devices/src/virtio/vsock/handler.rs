@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use kiln_io_thread::{EventSet, IoEvent, Registrar};
 use kiln_virtio_device::{QueueError, QueueHandler, Turn};
+use rustix::process::{Resource, getrlimit};
+use rustix::rand::{GetRandomFlags, getrandom};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -26,6 +28,10 @@ use super::table::Table;
 
 /// The most connections.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
+/// As many connections as there are in a process with few file descriptors.
+const MIN_CONNECTIONS: u64 = 16;
+/// The file descriptors that connections leave to clients and to the rest of the process.
+const RESERVE: u64 = 128;
 /// The most clients that have not said where to; others wait until they are accepted.
 pub(super) const MAX_CLIENTS: usize = 64;
 /// How many resets of what was no connection may wait for a driver that gives no buffers; then its
@@ -82,6 +88,8 @@ pub(super) struct Handler {
     pub(super) host: HostSocket,
     clients: Vec<Option<Client>>,
     pub(super) streams: Table<Stream>,
+    /// The most connections that the process has file descriptors for.
+    limit: usize,
     /// Resets of what is no connection.
     pub(super) resets: VecDeque<Header>,
     /// The driver has no buffers for packets to it: it will tell of new ones.
@@ -111,13 +119,15 @@ impl Handler {
         counters: Arc<VsockCounters>,
         patience: Patience,
     ) -> io::Result<Self> {
+        let limit = connection_limit(getrlimit(Resource::Nofile).current);
         Ok(Self {
             guest_cid,
             counters,
             patience,
             host,
             clients: Vec::new(),
-            streams: Table::new(MAX_CONNECTIONS),
+            streams: Table::new(limit),
+            limit,
             resets: VecDeque::new(),
             starved: false,
             stalled: false,
@@ -128,7 +138,7 @@ impl Handler {
             wake_transmit: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             acceptable: true,
             look_at_clients: false,
-            next_port: FIRST_PORT,
+            next_port: random_port()?,
             next_dial: 0,
             stopped: None,
         })
@@ -158,7 +168,7 @@ impl Handler {
     /// Forgets all connections, whose sockets are not waited for any more.
     pub(super) fn clear(&mut self) {
         self.clients.clear();
-        self.streams = Table::new(MAX_CONNECTIONS);
+        self.streams = Table::new(self.limit);
         self.resets.clear();
         self.count_open();
     }
@@ -499,6 +509,20 @@ impl QueueHandler for Handler {
         }
         Some(RECEIVE)
     }
+}
+
+/// How many connections there may be where a process may have so many file descriptors.
+pub(super) fn connection_limit(descriptors: Option<u64>) -> usize {
+    let room = descriptors.map_or(u64::MAX, |most| most.saturating_sub(RESERVE));
+    room.clamp(MIN_CONNECTIONS, MAX_CONNECTIONS as u64) as usize
+}
+
+/// A port of the host to begin with: the guest of a restored machine may still know connections of
+/// the device before.
+fn random_port() -> io::Result<u32> {
+    let mut bytes = [0; 4];
+    getrandom(&mut bytes, GetRandomFlags::empty())?;
+    Ok(FIRST_PORT + u32::from_ne_bytes(bytes) % (LAST_PORT - FIRST_PORT + 1))
 }
 
 /// Waits for everything that can happen to a socket.

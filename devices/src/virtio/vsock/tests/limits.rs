@@ -3,7 +3,7 @@
 use kiln_virtio_device::testing::{Buffer, MockDriver, register, status};
 
 use super::super::connection::ROOM;
-use super::super::handler::{MAX_CLIENTS, MAX_CONNECTIONS, MAX_RESETS};
+use super::super::handler::{MAX_CLIENTS, MAX_CONNECTIONS, MAX_RESETS, connection_limit};
 use super::*;
 use crate::virtio::hostile::{Random, storm};
 
@@ -100,7 +100,6 @@ fn a_guest_that_breaks_the_rules_loses_its_connection_and_no_other() {
 #[test]
 fn there_are_so_many_connections_and_no_more() {
     // Each has two descriptors in this process: fewer than the system gives without asking.
-    let mut setup = Setup::new();
     rustix::process::setrlimit(
         rustix::process::Resource::Nofile,
         rustix::process::Rlimit {
@@ -109,6 +108,7 @@ fn there_are_so_many_connections_and_no_more() {
         },
     )
     .unwrap();
+    let mut setup = Setup::new();
     let listener = setup.listen(52);
     let programs = std::thread::spawn(move || {
         let programs: Vec<_> = (0..MAX_CONNECTIONS)
@@ -141,6 +141,23 @@ fn there_are_so_many_connections_and_no_more() {
     for program in &programs {
         expect_end(program);
     }
+}
+
+#[test]
+fn connections_leave_file_descriptors_to_others() {
+    let limits = [Some(0), Some(140), Some(256), Some(1024), Some(1152), None];
+    let found = limits.map(connection_limit);
+    assert_eq!(found, [16, 16, 128, 896, 1024, 1024]);
+}
+
+#[test]
+fn a_new_device_does_not_begin_with_the_ports_of_one_before() {
+    let [first, second] = [(); 2].map(|()| {
+        let mut setup = Setup::new();
+        setup.host_asks(5000).1
+    });
+    assert_ne!(first, second);
+    assert!([first, second].iter().all(|port| port >> 30 == 1));
 }
 
 #[test]
