@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{SendFlags, send};
 
 /// The most that is written at once: what fits in a pipe that is ready (`PIPE_BUF`).
 pub(crate) const CHUNK: usize = 4096;
@@ -174,6 +175,9 @@ impl ConsoleOutput {
         let own = own_description(&file, OpenOptions::new().write(true));
         let blocks = own.is_none();
         let terminal = file.is_terminal();
+        let socket = file
+            .metadata()
+            .is_ok_and(|data| data.file_type().is_socket());
         Self(Some(Sink {
             target: Target::File(own.unwrap_or(file)),
             chunk: if blocks && terminal {
@@ -182,6 +186,7 @@ impl ConsoleOutput {
                 CHUNK
             },
             wait: blocks,
+            socket,
         }))
     }
 
@@ -192,6 +197,7 @@ impl ConsoleOutput {
             target: Target::Writer(Box::new(writer)),
             chunk: CHUNK,
             wait: false,
+            socket: false,
         }))
     }
 
@@ -276,6 +282,8 @@ pub(super) struct Sink {
     pub(super) chunk: usize,
     /// Whether a write may block where readiness was not waited for.
     pub(super) wait: bool,
+    /// Whether it is a socket, where a write could raise `SIGPIPE`.
+    pub(super) socket: bool,
 }
 
 pub(super) enum Target {
@@ -296,6 +304,10 @@ impl Sink {
     /// Writes some of `bytes`; flushes if they were the `last` there are and all went.
     pub(super) fn write(&mut self, bytes: &[u8], last: bool) -> io::Result<usize> {
         match &mut self.target {
+            Target::File(file) if self.socket => {
+                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+                Ok(send(file, bytes, flags)?)
+            }
             Target::File(file) => file.write(bytes),
             Target::Writer(writer) => {
                 let len = writer.write(bytes)?;

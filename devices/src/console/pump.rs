@@ -203,7 +203,7 @@ impl InputPump {
     pub(crate) fn read(
         &mut self,
         buffer: &mut [u8],
-        ready: bool,
+        mut ready: bool,
         registrar: &mut Registrar<'_, '_>,
     ) -> Read {
         loop {
@@ -226,10 +226,8 @@ impl InputPump {
                 // A reader that claims more than was asked for is not believed.
                 Ok(len) => return Read::Bytes(len.min(buffer.len())),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // Readiness is told again.
-                Err(error) if error.kind() == ErrorKind::WouldBlock && self.poll => {
-                    return Read::Later;
-                }
+                // It was not ready after all: that is waited for, if it is not yet.
+                Err(error) if error.kind() == ErrorKind::WouldBlock && self.poll => ready = false,
                 Err(error) => return self.end(Some(error), registrar),
             }
         }

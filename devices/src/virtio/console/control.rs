@@ -93,8 +93,15 @@ impl Control {
             return Said::Nothing;
         };
         match event {
+            // A driver that wakes up resets the device, and takes its ports on again without a
+            // word of the device: Linux does so.
+            PORT_READY if value == 1 => {
+                (port.added, port.ready) = (true, true);
+                self.driver_ready = true;
+                Said::Ask
+            }
             PORT_READY if port.added => {
-                port.ready = value == 1;
+                port.ready = false;
                 Said::Ask
             }
             PORT_OPEN if port.ready => {

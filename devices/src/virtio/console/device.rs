@@ -273,6 +273,10 @@ impl VirtioDevice for VirtioConsole {
         } else {
             Listener::Driver(Arc::clone(&activation.interrupt))
         };
+        if let Some(handler) = self.worker.handler_mut() {
+            let queues = activation.queues.iter().filter(|queue| queue.index < 64);
+            handler.set_active(queues.fold(0, |set, queue| set | 1 << queue.index));
+        }
         self.worker.activate(activation)?;
         self.size.connect(listener);
         Ok(())
@@ -287,6 +291,7 @@ impl VirtioDevice for VirtioConsole {
     fn reset(&mut self) {
         if let Some(handler) = self.worker.handler_mut() {
             handler.control.reset();
+            handler.set_active(0);
         }
     }
 }

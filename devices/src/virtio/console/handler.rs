@@ -93,6 +93,8 @@ pub(super) struct ConsoleHandler {
     wake: Arc<EventFd>,
     /// The queues to be processed, a bit each.
     pending: u64,
+    /// The queues that are worked on, a bit each.
+    active: u64,
     flow: Flow,
     pub(super) patience: Duration,
     blocked: Timer,
@@ -116,6 +118,7 @@ impl ConsoleHandler {
             multiport: false,
             wake,
             pending: 0,
+            active: 0,
             flow: Flow::Goes,
             patience: BLOCKED_PATIENCE,
             blocked: Timer::new()?,
@@ -124,6 +127,18 @@ impl ConsoleHandler {
             warned: false,
             span: Span::none(),
         })
+    }
+
+    /// The work is to begin on these queues, a bit each. What was taken of a chain is forgotten with
+    /// the queue that it was in.
+    pub(super) fn set_active(&mut self, queues: u64) {
+        self.active = queues;
+        for (port, (state, end)) in (0..).zip(self.control.ports.iter_mut().zip(&mut self.ends)) {
+            if queues & (1 << (receive_queue(port) + 1)) == 0 {
+                state.taken = 0;
+                end.drop_pending = false;
+            }
+        }
     }
 
     /// Has a queue processed soon.
@@ -154,6 +169,7 @@ impl ConsoleHandler {
         if self.multiport && !state.guest_open {
             // A driver throws away what comes for a port that nobody has open.
             end.input.rest(registrar);
+            end.input_ready = false;
             return Ok(());
         }
         while let Some(mut chain) = turn.pop()? {
@@ -184,6 +200,7 @@ impl ConsoleHandler {
             }
         }
         end.input.rest(registrar);
+        end.input_ready = false;
         Ok(())
     }
 
@@ -267,6 +284,13 @@ impl ConsoleHandler {
         if port != 0 || self.flow != Flow::Dropped {
             // Else its readiness is to say that it takes something again.
             self.ends[port].output.rest(registrar);
+            self.ends[port].output_ready = false;
+            // Nothing waits for it, so it does not hold anything up.
+            self.flows(port)?;
+        }
+        if std::mem::take(&mut self.ends[port].drop_pending) {
+            // The next client can come.
+            self.nudge(CONTROL_RECEIVE);
         }
         Ok(())
     }
@@ -318,6 +342,15 @@ impl ConsoleHandler {
         for port in 0..self.ends.len() {
             // A client has the port only when the driver knows that the one before has gone.
             let driver_knows = !self.control.ports[port].host_open;
+            let transmit = receive_queue(port) + 1;
+            let end = &mut self.ends[port];
+            let had_output = end.output.is_open();
+            end.look_after_connection(registrar)?;
+            if had_output && !end.output.is_open() && self.active & (1 << transmit) != 0 {
+                // What waits for the one that has gone is not for the next.
+                end.drop_pending = true;
+                self.nudge(transmit);
+            }
             let end = &mut self.ends[port];
             match end.look_after(driver_knows, registrar)? {
                 Change::None => {}
@@ -359,6 +392,11 @@ impl QueueHandler for ConsoleHandler {
         self.span = Span::current();
         self.flow = Flow::Goes;
         self.ends.iter_mut().for_each(HostEnd::start);
+        for port in 0..self.ends.len() {
+            if self.ends[port].drop_pending {
+                self.nudge(receive_queue(port) + 1);
+            }
+        }
         registrar.add(&*self.wake, WAKE, EventSet::IN)?;
         for (timer, token) in [(&mut self.blocked, BLOCKED), (&mut self.listen, LISTEN)] {
             timer.clear()?;
@@ -400,6 +438,10 @@ impl QueueHandler for ConsoleHandler {
             }
             BLOCKED => {
                 let _ = self.blocked.clear();
+                if self.flow != Flow::Stands {
+                    // It has taken something since the time was up.
+                    return None;
+                }
                 self.flow = Flow::Dropped;
                 self.warn(&|| {
                     "the console takes nothing: what the guest sends there is dropped".to_owned()

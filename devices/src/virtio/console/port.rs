@@ -99,6 +99,8 @@ pub(super) struct HostEnd {
     /// What is known to be ready.
     pub(super) input_ready: bool,
     pub(super) output_ready: bool,
+    /// What the guest has sent to a client that has gone is still to be dropped.
+    pub(super) drop_pending: bool,
     first_token: u32,
     connection: Option<Connection>,
     listener: Option<Listener>,
@@ -137,6 +139,7 @@ impl HostEnd {
             output: OutputPump::new(console.output, first_token + OUTPUT),
             input_ready: false,
             output_ready: false,
+            drop_pending: false,
             first_token,
             connection: None,
             listener: None,
@@ -228,7 +231,7 @@ impl HostEnd {
         let Some(listener) = &mut self.listener else {
             return Ok(Change::None);
         };
-        if self.connection.is_some() || !driver_knows {
+        if self.connection.is_some() || !driver_knows || self.drop_pending {
             listener.rest(registrar);
             return Ok(Change::None);
         }
@@ -269,7 +272,10 @@ impl HostEnd {
         Ok(Change::None)
     }
 
-    fn look_after_connection(&mut self, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+    pub(super) fn look_after_connection(
+        &mut self,
+        registrar: &mut Registrar<'_, '_>,
+    ) -> io::Result<()> {
         let Some(connection) = &mut self.connection else {
             return Ok(());
         };

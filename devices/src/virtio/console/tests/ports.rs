@@ -34,7 +34,8 @@ fn a_driver_is_told_of_every_port_in_the_order_of_the_specification(kind: Transp
     let mut guest = Guest::new(kind, MULTIPORT | SIZE, device);
     // Nothing before the driver says that it is ready.
     guest.expect(CONTROL_RECEIVE, 4096);
-    guest.say(1, 3, 1);
+    guest.say(1, 3, 0);
+    guest.say(1, 6, 1);
     assert!(guest.is_used(CONTROL_RECEIVE, 0));
     guest.say(0, 0, 1);
     let added = guest.came(CONTROL_RECEIVE);
@@ -389,4 +390,58 @@ fn ports_that_cannot_be_are_refused_by_name() {
         &state,
     );
     assert!(error.unwrap_err().to_string().contains("15"));
+}
+
+#[test]
+fn a_driver_that_wakes_up_takes_its_ports_on_without_being_told_of_them() {
+    let (mut guest, mut host) = socket_port(TransportKind::Mmio);
+    guest.say(1, 6, 1);
+    guest.driver.start(MULTIPORT, 16);
+    guest.say(0, 3, 1);
+    guest.say(1, 3, 1);
+    guest.say(1, 6, 1);
+    assert_eq!(guest.hear(), (0, 4, 1, Vec::new()));
+    assert_eq!(guest.hear(), (0, 6, 1, Vec::new()));
+    assert_eq!(guest.hear(), (1, 7, 1, b"agent".to_vec()));
+    assert_eq!(guest.hear(), (1, 6, 1, Vec::new()));
+    // Once more is no news.
+    guest.say(1, 3, 1);
+    host.write_all(b"awake").unwrap();
+    assert_eq!(guest.receive_all(PORT_RECEIVE, 5), b"awake");
+    assert!(guest.is_used(CONTROL_RECEIVE, 4));
+}
+
+#[test]
+fn what_a_client_has_not_taken_goes_to_nobody_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("port");
+    let device = with_ports(vec![Port::listen("x", &path)], &ConsoleSize::default());
+    let mut guest = Guest::new(TransportKind::Mmio, MULTIPORT, device);
+    guest.take_ports_on(&[true, false]);
+    guest.say(1, 6, 1);
+    for round in 1..=20 {
+        let mut first = UnixStream::connect(&path).unwrap();
+        assert_eq!(guest.hear(), (1, 6, 1, Vec::new()));
+        // More than the socket holds.
+        guest.offer(PORT_TRANSMIT, &[b'x'; 2 << 20]);
+        first.read_exact(&mut [0; 1000]).unwrap();
+        let mut second = UnixStream::connect(&path).unwrap();
+        second.set_read_timeout(Some(LONG)).unwrap();
+        guest.expect(CONTROL_RECEIVE, 4096);
+        let next = Buffer::writable(RECEIVED + 0x8_0000, 4096);
+        guest.driver.queues[CONTROL_RECEIVE].add(&guest.driver.memory, &[next]);
+        guest.driver.notify(CONTROL_RECEIVE as u32);
+        drop(first);
+        assert_eq!(guest.came(CONTROL_RECEIVE), control(1, 6, 0));
+        guest.driver.queues[CONTROL_RECEIVE].wait_used(&guest.driver.memory);
+        assert_eq!(guest.driver.bytes(RECEIVED + 0x8_0000, 8), control(1, 6, 1));
+        // The first one's is given back, and is not the second one's.
+        guest.driver.queues[PORT_TRANSMIT].wait_used(&guest.driver.memory);
+        guest.send(PORT_TRANSMIT, b"yours");
+        let mut yours = [0; 5];
+        second.read_exact(&mut yours).unwrap();
+        assert_eq!(&yours, b"yours", "in round {round}");
+        drop(second);
+        assert_eq!(guest.hear(), (1, 6, 0, Vec::new()));
+    }
 }
