@@ -345,3 +345,23 @@ fn own_description(file: &File, options: &mut OpenOptions) -> Option<File> {
         .open(format!("/proc/self/fd/{fd}"))
         .ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_write_to_a_socket_that_nobody_has_raises_no_signal() {
+        // A blocked signal stays pending, even one that is ignored.
+        vmm_sys_util::signal::block_signal(libc::SIGPIPE).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        let mut sink = ConsoleOutput::fd(ours.into()).0.unwrap();
+        let error = sink.write(b"x", true).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        assert!(status.contains("SigPnd:\t0000000000000000"), "{status}");
+    }
+}
