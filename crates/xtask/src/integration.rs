@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use crate::host::{HostKvm, host_kvm};
 use crate::{nested, place, process};
@@ -19,6 +19,9 @@ const LIMIT: Duration = Duration::from_secs(40 * 60);
 /// The memory of a nested machine, in mebibytes: what guests touch, and the files that they and
 /// the tests write.
 const MEMORY: u32 = 5000;
+
+/// How many nested machines may fail before their tests do.
+const MACHINES: u32 = 3;
 
 /// Runs the tests it is given: the `kiln` program, then for each program of tests its path, a
 /// number, and so many names of tests.
@@ -114,7 +117,30 @@ fn command(kiln: &Path, tests: &[Test]) -> Vec<OsString> {
 }
 
 /// Runs tests in a nested machine of their own, and says in front of each line which one it is.
+/// Where the machine fails, and no test does, the tests that are left go on in another one.
 fn run_nested(number: u32, kiln: &Path, tests: &[Test]) -> Result<()> {
+    let mut left = tests.to_vec();
+    let mut is_good = true;
+    for _ in 0..MACHINES {
+        let (status, ended) = run_machine(number, kiln, &left)?;
+        is_good &= ended.iter().all(|(_, passed)| *passed);
+        if status != i32::from(nested::FAILED) {
+            ensure!(
+                status == 0 && is_good,
+                "the tests in nested machine {number} ended with exit status {status}"
+            );
+            return Ok(());
+        }
+        left.retain(|test| !ended.iter().any(|(one, _)| one == test));
+        let count = left.len();
+        eprintln!("xtask: nested machine {number} failed: {count} tests go on in another");
+    }
+    bail!("{MACHINES} nested machines failed one after the other")
+}
+
+/// Runs tests in one nested machine. Gives its exit status, and the tests that have ended, each
+/// with whether it passed.
+fn run_machine(number: u32, kiln: &Path, tests: &[Test]) -> Result<(i32, Vec<(Test, bool)>)> {
     let xtask = std::env::current_exe().context("find this program")?;
     let mut nested = process::tied(xtask);
     nested
@@ -126,25 +152,42 @@ fn run_nested(number: u32, kiln: &Path, tests: &[Test]) -> Result<()> {
         .stderr(Stdio::piped());
     let mut child = nested.spawn().context("start a nested machine")?;
     let (output, errors) = (child.stdout.take(), child.stderr.take());
+    let mut ended = Vec::new();
+    let mut program = PathBuf::new();
     thread::scope(|scope| {
-        scope.spawn(move || relay(number, errors));
-        relay(number, output);
+        scope.spawn(move || relay(number, errors, |_| {}));
+        relay(number, output, |line| {
+            if let Some(path) = line.strip_prefix("Running ") {
+                program = PathBuf::from(path);
+            } else if let Some((name, passed)) = result(line) {
+                ended.push(((program.clone(), name.to_owned()), passed));
+            }
+        });
     });
     let status = child.wait().context("wait for a nested machine")?;
-    ensure!(
-        status.success(),
-        "the tests in nested machine {number} ended with {status}"
-    );
-    Ok(())
+    Ok((status.code().unwrap_or(1), ended))
 }
 
-fn relay(number: u32, from: Option<impl Read>) {
+/// The test that a line says the result of, and whether it passed.
+fn result(line: &str) -> Option<(&str, bool)> {
+    let (name, result) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
+    match result {
+        "ok" => Some((name, true)),
+        "FAILED" => Some((name, false)),
+        _ => None,
+    }
+}
+
+fn relay(number: u32, from: Option<impl Read>, mut look: impl FnMut(&str)) {
     let Some(from) = from else { return };
     let mut reader = BufReader::new(from);
-    let mut line = Vec::new();
-    while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
-        println!("[{number}] {}", String::from_utf8_lossy(&line).trim_end());
-        line.clear();
+    let mut bytes = Vec::new();
+    while matches!(reader.read_until(b'\n', &mut bytes), Ok(1..)) {
+        let text = String::from_utf8_lossy(&bytes);
+        let line = text.trim_end();
+        println!("[{number}] {line}");
+        look(line);
+        bytes.clear();
     }
 }
 
@@ -156,6 +199,16 @@ mod tests {
     fn names_are_those_of_tests_only() {
         let list = "one: test\nmodule::two: test\nthree: benchmark\n\n2 tests, 1 benchmark\n";
         assert_eq!(names(list), ["one", "module::two"]);
+    }
+
+    #[test]
+    fn results_are_read_from_the_lines_that_have_them() {
+        let passed = result("test pci::it_works ... ok");
+        assert_eq!(passed, Some(("pci::it_works", true)));
+        let failed = result("test it_does_not ... FAILED");
+        assert_eq!(failed, Some(("it_does_not", false)));
+        assert_eq!(result("test result: ok. 1 passed; 0 failed"), None);
+        assert_eq!(result("test something ..."), None);
     }
 
     #[test]

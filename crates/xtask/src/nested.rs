@@ -171,14 +171,17 @@ fn follow(
     };
     let mut deadline = Some(Instant::now() + START_LIMIT);
     let mut streams = None;
+    let mut standstill = Standstill::default();
     loop {
-        let event = match deadline {
-            Some(deadline) => {
-                inbox.recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            }
-            None => inbox.recv().map_err(RecvTimeoutError::from),
-        };
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let nap = left.map_or(LOOK, |left| left.min(LOOK));
+        let event = inbox.recv_timeout(nap);
         match event {
+            Err(RecvTimeoutError::Timeout) if left.is_none_or(|left| left > nap) => {
+                if standstill.look(machine.processor_ticks()) {
+                    bail!("the nested machine stands still: its emulation has lost an interrupt");
+                }
+            }
             Ok(Event::Ready) => {
                 deadline = limit.map(|limit| Instant::now() + limit);
                 streams = Some(Streams::connect(machine, plan.settings, events)?);
@@ -212,6 +215,29 @@ fn follow(
             }
             Err(RecvTimeoutError::Disconnected) => bail!("nobody watches the nested machine"),
         }
+    }
+}
+
+/// How often it is looked whether the machine does anything.
+const LOOK: Duration = Duration::from_secs(5);
+/// How many looks in a row may find that it has used no processor time: an idle machine uses some.
+const STILL_LOOKS: u32 = 12;
+
+/// Notices a machine that does nothing any more. QEMU's emulation of nested virtualisation loses a
+/// timer's interrupt now and then, and then nothing ever wakes it.
+#[derive(Default)]
+struct Standstill {
+    ticks: Option<u64>,
+    looks: u32,
+}
+
+impl Standstill {
+    /// Takes note of the processor time that was used so far; says whether the machine stands.
+    fn look(&mut self, ticks: Option<u64>) -> bool {
+        let is_still = ticks.is_some() && ticks == self.ticks;
+        self.looks = if is_still { self.looks + 1 } else { 0 };
+        self.ticks = ticks;
+        self.looks >= STILL_LOOKS
     }
 }
 
@@ -267,6 +293,18 @@ fn show_log(log: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_machine_that_uses_no_time_for_a_minute_stands_still() {
+        let mut standstill = Standstill::default();
+        for ticks in 0..100 {
+            assert!(!standstill.look(Some(ticks)));
+        }
+        let looks = (1..).find(|_| standstill.look(Some(99))).unwrap();
+        assert_eq!(looks, STILL_LOOKS);
+        assert!(!standstill.look(None));
+        assert!(!standstill.look(None));
+    }
 
     #[test]
     fn only_folders_of_dead_processes_are_swept() {

@@ -202,6 +202,16 @@ impl Machine {
     }
 
     /// Returns our end of a port.
+    /// The processor time that QEMU has used so far, in the kernel's ticks of 10 ms; `None` where
+    /// that cannot be seen.
+    pub(super) fn processor_ticks(&self) -> Option<u64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.qemu.0.id())).ok()?;
+        // The second field is a name in parentheses.
+        let fields = stat.rsplit(')').next()?;
+        let ticks = fields.split_whitespace().skip(11).take(2);
+        ticks.map(|ticks| ticks.parse::<u64>().ok()).sum()
+    }
+
     pub(super) fn port(&self, name: &str) -> Result<UnixStream> {
         let port = self.ports.iter().find(|(port, _)| *port == name);
         let (_, stream) = port.with_context(|| format!("the machine has no port {name}"))?;
