@@ -103,6 +103,8 @@ fn program(socket: UnixStream, seed: u64) -> JoinHandle<(u64, u64, u64)> {
 
 /// A stream as the guest has it.
 struct GuestStream {
+    /// Of the program at the other end.
+    number: u64,
     guest_port: u32,
     host_port: u32,
     sending: Bytes,
@@ -161,6 +163,7 @@ fn two_hundred_streams_carry_256_mib_both_ways_with_equal_sums() {
     let mut streams = HashMap::new();
     let mut add = |guest_port: u32, host_port: u32, room: u32, seed: u64| {
         let stream = GuestStream {
+            number: seed,
             guest_port,
             host_port,
             sending: Bytes::new(1000 + seed),
@@ -188,19 +191,12 @@ fn two_hundred_streams_carry_256_mib_both_ways_with_equal_sums() {
 
     run(&mut guest, &mut streams);
     let mut total = 0;
-    let by_seed: HashMap<u64, GuestStream> = streams
+    let by_number: HashMap<u64, GuestStream> = streams
         .into_values()
-        .map(|stream| {
-            let index = if stream.guest_port == 1024 {
-                2 * u64::from(stream.host_port) + 1
-            } else {
-                2 * u64::from(stream.host_port - (1 << 30))
-            };
-            (index, stream)
-        })
+        .map(|stream| (stream.number, stream))
         .collect();
     for (index, program) in programs.into_iter().enumerate() {
-        let stream = &by_seed[&(index as u64)];
+        let stream = &by_number[&(index as u64)];
         let (sent, received, count) = program.join().unwrap();
         assert_eq!((count, stream.received.count), (BYTES, BYTES), "{index}");
         assert_eq!(stream.received.sum, sent, "to the guest, {index}");
