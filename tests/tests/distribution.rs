@@ -19,7 +19,7 @@ use kiln_vmm::Transport;
 use kiln_xtask::assets::{self, Distribution};
 
 /// How long the installer and a whole system may take to where a person could go on.
-const LONG_PATIENCE: Duration = Duration::from_secs(900);
+const LONG_PATIENCE: Duration = Duration::from_secs(400);
 
 /// What no kernel should print.
 const COMPLAINTS: [&str; 8] = [
