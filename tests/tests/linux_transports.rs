@@ -15,6 +15,7 @@ kiln_tests::over_every_transport!(
     modules_are_removed_and_loaded_under_load;
     over mmio when asked:
     drivers_come_and_go_a_hundred_times,
+    drivers_of_small_devices_come_and_go_a_hundred_times,
 );
 
 const BLOCK: usize = 1 << 20;
@@ -200,6 +201,43 @@ fn drivers_come_and_go_a_hundred_times(transport: Transport) {
     assert_passed(&outcome);
     assert!(outcome.lines().contains(&"this is disk 0001"));
     assert!(outcome.output.contains("5 packets received"));
+}
+
+fn drivers_of_small_devices_come_and_go_a_hundred_times(transport: Transport) {
+    let linux = Linux::new("6.12", transport);
+    let socket = |name: &str| linux.folder.path().join(name).display().to_string();
+    let (vsock, port) = (socket("vsock"), socket("port"));
+    let linux = linux
+        .arg("--rng")
+        .arg("--balloon")
+        .arg("--vsock")
+        .arg(format!("cid=5,socket={vsock}"))
+        .arg("--console=virtio,null")
+        .arg("--virtio-port")
+        .arg(format!("name=port,socket={port}"));
+    let outcome = linux
+        .run(
+            "cd /sys/bus/virtio/drivers
+             for driver in virtio_rng virtio_balloon vmw_vsock_virtio_transport virtio_console; do
+                 count=0
+                 for device in $driver/virtio*; do
+                     device=${device##*/}
+                     while [ $count -lt 100 ]; do
+                         echo $device >$driver/unbind && echo $device >$driver/bind || exit 1
+                         count=$((count + 1))
+                     done
+                 done
+                 echo $driver=$count
+             done
+             head -c 64 /dev/hwrng | wc -c",
+        )
+        .unwrap();
+    assert_passed(&outcome);
+    for driver in ["rng", "balloon", "console"] {
+        assert_eq!(outcome.value(&format!("virtio_{driver}")), Some("100"));
+    }
+    assert_eq!(outcome.value("vmw_vsock_virtio_transport"), Some("100"));
+    assert!(outcome.lines().contains(&"64"), "{}", outcome.output);
 }
 
 fn modules_are_removed_and_loaded_under_load(transport: Transport) {
