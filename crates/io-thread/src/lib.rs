@@ -13,6 +13,7 @@
 //! | module | what lives there |
 //! |---|---|
 //! | `thread` | [`IoThread`], [`IoHandle`], [`Attached`] |
+//! | `set` | [`IoThreadSet`]: the threads that share one device's work |
 //! | `handler` | [`IoHandler`], [`IoEvent`], [`Registrar`]: what a handler implements and is given |
 //!
 //! # Example
@@ -55,8 +56,10 @@
 #![forbid(unsafe_code)]
 
 mod handler;
+mod set;
 mod thread;
 
 pub use handler::{IoEvent, IoHandler, Registrar};
+pub use set::IoThreadSet;
 pub use thread::{Attached, Error, HandlerPanic, IoHandle, IoThread};
 pub use vmm_sys_util::epoll::EventSet;

@@ -243,6 +243,15 @@ impl IoHandle {
     }
 }
 
+/// Whether both are ends of the same thread.
+impl PartialEq for IoHandle {
+    fn eq(&self, other: &Self) -> bool {
+        self.thread == other.thread
+    }
+}
+
+impl Eq for IoHandle {}
+
 impl fmt::Debug for IoHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IoHandle").finish_non_exhaustive()

@@ -11,7 +11,7 @@ use std::io;
 use std::mem;
 use std::sync::Arc;
 
-use kiln_io_thread::IoHandle;
+use kiln_io_thread::IoThreadSet;
 use kiln_memory::GuestMemory;
 use virtio_bindings::{virtio_config, virtio_ring};
 use virtio_queue::QueueT;
@@ -47,7 +47,7 @@ const MAX_QUEUE_SIZE: u16 = 32768;
 pub(crate) struct VirtioCore {
     device: Box<dyn VirtioDevice>,
     memory: Arc<GuestMemory>,
-    io: IoHandle,
+    io: IoThreadSet,
     interrupt: Arc<dyn VirtioInterrupt>,
     shared: Arc<SharedStatus>,
     counters: Arc<DeviceCounters>,
@@ -80,7 +80,7 @@ impl VirtioCore {
     pub(crate) fn from_state(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        io: IoHandle,
+        io: IoThreadSet,
         interrupt: Arc<dyn VirtioInterrupt>,
         shared: Arc<SharedStatus>,
         state: &CoreState,

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kiln_io_thread::IoHandle;
+use kiln_io_thread::IoThreadSet;
 use kiln_memory::GuestMemory;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -106,8 +106,33 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// How to reach the driver.
     pub interrupt: Arc<dyn VirtioInterrupt>,
-    /// The thread to work on.
-    pub io: IoHandle,
+    /// The threads to work on.
+    pub io: IoThreadSet,
+}
+
+impl Activation {
+    /// The same for several [workers](crate::Worker), of which each has some of the queues: those
+    /// for which `worker_of` gives its number, below `workers`. A queue that is given to none
+    /// stays with the last one.
+    pub fn split(self, workers: usize, worker_of: impl Fn(u16) -> usize) -> Vec<Self> {
+        let count = workers.max(1);
+        let mut parts: Vec<_> = (0..count)
+            .map(|_| Self {
+                memory: Arc::clone(&self.memory),
+                features: self.features,
+                queues: Vec::new(),
+                interrupt: Arc::clone(&self.interrupt),
+                io: self.io.clone(),
+            })
+            .collect();
+        for queue in self.queues {
+            let worker = worker_of(queue.index).min(count - 1);
+            if let Some(part) = parts.get_mut(worker) {
+                part.queues.push(queue);
+            }
+        }
+        parts
+    }
 }
 
 impl fmt::Debug for Activation {

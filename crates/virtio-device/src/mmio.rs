@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use kiln_device_api::{BusDevice, ExitRequest, InterruptLine};
-use kiln_io_thread::IoHandle;
+use kiln_io_thread::IoThreadSet;
 use kiln_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -96,7 +96,7 @@ impl MmioTransport {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        io: IoHandle,
+        io: impl Into<IoThreadSet>,
         line: Arc<dyn InterruptLine>,
     ) -> Result<Self, TransportError> {
         let core = VirtioCore::reset_state(device.as_ref());
@@ -117,7 +117,7 @@ impl MmioTransport {
     pub fn restore(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        io: IoHandle,
+        io: impl Into<IoThreadSet>,
         line: Arc<dyn InterruptLine>,
         state: &MmioState,
     ) -> Result<Self, TransportError> {
@@ -134,7 +134,8 @@ impl MmioTransport {
             shared: Arc::clone(&shared),
         });
         let for_device = Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>;
-        let core = VirtioCore::from_state(device, memory, io, for_device, shared, &state.core)?;
+        let core =
+            VirtioCore::from_state(device, memory, io.into(), for_device, shared, &state.core)?;
         Ok(Self {
             core: SharedCore::new(core),
             interrupt,

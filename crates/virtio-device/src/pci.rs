@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use kiln_device_api::ExitRequest;
-use kiln_io_thread::IoHandle;
+use kiln_io_thread::IoThreadSet;
 use kiln_memory::GuestMemory;
 use kiln_pci::{CapabilityAccess, FunctionDescription, MAX_VECTORS, Msix, MsixSink, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
@@ -125,7 +125,7 @@ impl PciTransport {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        io: IoHandle,
+        io: impl Into<IoThreadSet>,
         name: &str,
         sink: Arc<dyn MsixSink>,
     ) -> Result<(Arc<Self>, FunctionDescription), TransportError> {
@@ -149,7 +149,7 @@ impl PciTransport {
     pub fn restore(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        io: IoHandle,
+        io: impl Into<IoThreadSet>,
         name: &str,
         sink: Arc<dyn MsixSink>,
         state: &PciTransportState,
@@ -174,7 +174,8 @@ impl PciTransport {
             state.core.queues.len(),
         ));
         let for_device = Arc::clone(&interrupt) as Arc<dyn VirtioInterrupt>;
-        let core = VirtioCore::from_state(device, memory, io, for_device, shared, &state.core)?;
+        let core =
+            VirtioCore::from_state(device, memory, io.into(), for_device, shared, &state.core)?;
         let core = SharedCore::new(core);
         let queues = core.kicks().len();
         layout::describe(&mut description, queues).map_err(refused)?;

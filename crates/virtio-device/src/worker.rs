@@ -126,7 +126,7 @@ impl<H: QueueHandler> Worker<H> {
         }
     }
 
-    /// Moves the handler to the I/O thread and starts it there; to be called by
+    /// Moves the handler to the I/O thread of its first queue and starts it there; to be called by
     /// [`VirtioDevice::activate`](crate::VirtioDevice::activate).
     ///
     /// # Errors
@@ -140,7 +140,8 @@ impl<H: QueueHandler> Worker<H> {
                 return Err(ActivateError::new("start a worker that is not idle"));
             }
         };
-        let io = activation.io.clone();
+        let first = activation.queues.first().map_or(0, |queue| queue.index);
+        let io = activation.io.get(activation.io.thread_of(first)).clone();
         let running = io
             .attach(Runner::new(handler, activation))
             .map_err(|error| ActivateError::with_source("attach to the I/O thread", error))?;

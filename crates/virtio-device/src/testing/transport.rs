@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use kiln_device_api::{BusDevice, ExitRequest, InterruptLine};
-use kiln_io_thread::IoHandle;
+use kiln_io_thread::IoThreadSet;
 use kiln_memory::GuestMemory;
 use kiln_pci::{MsixSink, PciBusState};
 use serde::{Deserialize, Serialize};
@@ -108,7 +108,7 @@ impl TestTransport {
         kind: TransportKind,
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        io: IoHandle,
+        io: impl Into<IoThreadSet>,
         line: &Arc<InterruptRecorder>,
     ) -> Result<Self, TransportError> {
         match kind {
@@ -131,7 +131,7 @@ impl TestTransport {
     pub(super) fn restore(
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
-        io: IoHandle,
+        io: impl Into<IoThreadSet>,
         line: &Arc<InterruptRecorder>,
         state: &TestState,
     ) -> Result<Self, TransportError> {
