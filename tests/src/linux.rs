@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kiln_vmm::Transport;
 use kiln_xtask::assets::{self, Guest, Kernel};
-use kiln_xtask::initrd;
+use kiln_xtask::{initrd, tools};
 
 use crate::program::{self, Outcome, Program};
 
@@ -129,6 +129,18 @@ impl Linux {
         let path = self.folder.path().join("root.ext4");
         std::fs::copy(&guest_assets().root, &path)?;
         Ok(path)
+    }
+
+    /// Adds the disk of tools, which the script mounts with `. kiln-tools`: fio, iperf3, ethtool and
+    /// more, from [`kiln_xtask::tools`].
+    pub fn tools(self) -> Self {
+        static TOOLS: OnceLock<PathBuf> = OnceLock::new();
+        #[allow(clippy::panic)]
+        let disk = TOOLS.get_or_init(|| match assets::tools() {
+            Ok(disk) => disk,
+            Err(error) => panic!("prepare the tools: {error:#}"),
+        });
+        self.disk(disk, &format!(",readonly,id={}", tools::ID))
     }
 
     /// Starts the guest, which runs `script` and powers off.

@@ -15,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::initrd::{self, Busybox};
 use crate::modules::{self, Module};
-use crate::{bzimage, packages, paths, process, root};
+use crate::{bzimage, packages, paths, process, root, tools};
 
 mod distribution;
 pub use distribution::{Distribution, Installer, KERNELS, System, distribution};
@@ -111,6 +111,16 @@ pub fn guest() -> Result<Guest> {
     })
 }
 
+/// Returns the image of the disk of tools ([`mod@tools`]), and makes it when it is not there: 70 MB
+/// to fetch the first time. Works without a network when nothing is missing.
+///
+/// # Errors
+///
+/// When something cannot be fetched or made.
+pub fn tools() -> Result<PathBuf> {
+    tools::image(&Store::open()?)
+}
+
 /// Looks for newer kernels, even when there are some, and returns what guests are made of.
 ///
 /// # Errors
@@ -163,6 +173,7 @@ fn guest_kernel(
         &busybox,
         initrd::GUEST_FILES,
         initrd::GUEST_COMMANDS,
+        initrd::TOOLS_LINKS,
     );
     let initrd = store.keep(&format!("initrd-{series}-{flavour}"), inputs, |to| {
         write(to, &initrd::guest(&busybox, &kernel.modules(&wanted)?))

@@ -17,7 +17,7 @@ use crate::{packages, process};
 pub const SCRIPT: &str = "test.sh";
 
 /// The commands that test scripts have besides busybox's: path and contents.
-pub(crate) const GUEST_COMMANDS: [(&str, &str); 4] = [
+pub(crate) const GUEST_COMMANDS: [(&str, &str); 5] = [
     (
         "bin/kiln-disks",
         include_str!("../../../resources/guest/bin/kiln-disks"),
@@ -31,10 +31,19 @@ pub(crate) const GUEST_COMMANDS: [(&str, &str); 4] = [
         include_str!("../../../resources/guest/bin/kiln-option"),
     ),
     (
+        "bin/kiln-tools",
+        include_str!("../../../resources/guest/bin/kiln-tools"),
+    ),
+    (
         "bin/kiln-wait-power-button",
         include_str!("../../../resources/guest/bin/kiln-wait-power-button"),
     ),
 ];
+
+/// Where the disk of tools is mounted, an empty folder, and the links to its libraries: programs
+/// look for them at fixed paths.
+pub(crate) const TOOLS_FOLDER: &str = "tools";
+pub(crate) const TOOLS_LINKS: [(&str, &str); 2] = [("lib", "tools/lib"), ("lib64", "tools/lib64")];
 
 /// What the initrd of a guest has besides these commands, busybox and the modules.
 pub(crate) const GUEST_FILES: [(&str, &str); 1] =
@@ -92,6 +101,10 @@ pub(crate) fn guest(busybox: &Busybox, modules: &[Module]) -> Vec<u8> {
     let mut archive = base(busybox, modules);
     for (path, contents) in GUEST_FILES.into_iter().chain(GUEST_COMMANDS) {
         archive.file(path, 0o755, contents.as_bytes());
+    }
+    archive.directory(TOOLS_FOLDER);
+    for (path, target) in TOOLS_LINKS {
+        archive.symlink(path, target);
     }
     archive.finish()
 }

@@ -1,6 +1,7 @@
 //! The developer commands of Kiln, as a library that the integration tests use too.
 //!
 //! - [`assets`]: Debian's kernels, an initrd for each, and a root disk, made once and kept;
+//! - [`tools`]: the disk of programs that guests measure and check with;
 //! - [`initrd`]: extending an initrd with the script that a guest runs;
 //! - [`nested`]: a Linux with a real `/dev/kvm` on any host, that runs any of the host's programs;
 //! - [`host`]: what this machine's own KVM can do, and [`place`]: running guests where they run;
@@ -38,3 +39,4 @@ pub mod place;
 pub mod process;
 mod root;
 pub mod test;
+pub mod tools;

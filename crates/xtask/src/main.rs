@@ -35,7 +35,7 @@ enum Action {
     Api(api::ApiArgs),
     /// Measure Kiln beside a bare KVM loop and QEMU's microvm.
     Bench(bench::BenchArgs),
-    /// Prepare kernels, initrds and a root disk for guests, and print their paths.
+    /// Prepare kernels, initrds, a root disk and a disk of tools for guests, and print their paths.
     Guest {
         /// Look for newer kernels.
         #[arg(long)]
@@ -110,6 +110,7 @@ fn guest(update: bool) -> Result<u8> {
         println!("initrd-{series} {}", kernel.initrd.display());
     }
     println!("root {}", guest.root.display());
+    println!("tools {}", assets::tools()?.display());
     Ok(0)
 }
 

@@ -105,6 +105,43 @@ pub fn update() -> Result<()> {
     process::run(process::tied("apt-get").args(["--quiet=2", "update"]))
 }
 
+/// Downloads the newest of these packages, and all that they need, to the new folder `to`. What is
+/// installed on this machine makes no difference.
+///
+/// # Errors
+///
+/// When the folder cannot be made or something cannot be downloaded.
+pub fn download_with_dependencies(packages: &[&str], to: &Path) -> Result<()> {
+    // Where apt has what it has half of.
+    let partial = to.join("partial");
+    fs::create_dir_all(&partial).with_context(|| format!("make {}", partial.display()))?;
+    let attempt = || {
+        let mut command = process::tied("apt-get");
+        command.args(["--quiet=2", "install", "--yes", "--download-only"]);
+        command.arg("--no-install-recommends");
+        for option in [
+            "Dir::State::Status=/dev/null",
+            "Debug::NoLocking=1",
+            // As root, apt would download as a user who may not write here.
+            "APT::Sandbox::User=root",
+            &format!("Dir::Cache::Archives={}", to.display()),
+        ] {
+            command.args(["--option", option]);
+        }
+        process::run(command.args(packages))
+            .with_context(|| format!("download {}", packages.join(" ")))
+    };
+    if let Err(error) = attempt() {
+        // Lists that are absent or old name packages that are not there.
+        if !rustix::process::geteuid().is_root() {
+            return Err(error.context("is `sudo apt-get update` needed?"));
+        }
+        update()?;
+        attempt()?;
+    }
+    Ok(())
+}
+
 fn install(packages: &[&str]) -> Result<()> {
     let mut command = process::tied("apt-get");
     command

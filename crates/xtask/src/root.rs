@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::assets::Store;
-use crate::initrd::{Busybox, GUEST_COMMANDS};
+use crate::initrd::{Busybox, GUEST_COMMANDS, TOOLS_FOLDER, TOOLS_LINKS};
 use crate::process;
 
 /// The bytes of the disk, of which it takes a few mebibytes on the host until a guest writes.
@@ -45,12 +45,22 @@ const FILES: [(&str, u32, &str); 7] = [
 ];
 
 /// Folders that are mounted upon or written to.
-const FOLDERS: [&str; 8] = ["dev", "proc", "sys", "run", "tmp", "root", "mnt", "var"];
+const FOLDERS: [&str; 9] = [
+    "dev",
+    "proc",
+    "sys",
+    "run",
+    "tmp",
+    "root",
+    "mnt",
+    "var",
+    TOOLS_FOLDER,
+];
 
 /// Returns the image, and makes it when it is not in the store.
 pub(crate) fn image(store: &Store) -> Result<PathBuf> {
     let busybox = Busybox::installed()?;
-    let inputs = (SIZE, FILES, FOLDERS, GUEST_COMMANDS, &busybox);
+    let inputs = (SIZE, FILES, FOLDERS, TOOLS_LINKS, GUEST_COMMANDS, &busybox);
     store.keep("root.ext4", inputs, |to| make(to, &busybox))
 }
 
@@ -88,6 +98,9 @@ fn fill(tree: &Path, busybox: &Busybox) -> Result<()> {
     }
     for command in ["init", "poweroff", "reboot"] {
         symlink("../bin/busybox", tree.join("sbin").join(command))?;
+    }
+    for (path, target) in TOOLS_LINKS {
+        symlink(target, tree.join(path))?;
     }
     for (path, contents) in GUEST_COMMANDS {
         put(path, 0o755, contents.as_bytes())?;

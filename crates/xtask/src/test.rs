@@ -94,6 +94,7 @@ impl Step {
             }
             Self::Linux => {
                 assets::guest()?;
+                assets::tools()?;
                 linux(filter, |test| test != DISTRIBUTION)
             }
             Self::Distribution => {
