@@ -48,8 +48,28 @@ pub trait NetBackend: Send + 'static {
     ///
     /// # Errors
     ///
-    /// Any error, `WouldBlock` too: the packet is dropped and counted.
+    /// `WouldBlock` where there is no room for it now: it is given again when
+    /// [`send_readiness`](Self::send_readiness) says so. Without such a descriptor, and after any
+    /// other error, the packet is dropped and counted.
     fn send(&mut self, packet: &[GuestSlice<'_>]) -> io::Result<()>;
+
+    /// A file descriptor that is readable when there is room again for a packet that did not fit,
+    /// or for what [`flush`](Self::flush) could not send. It stays the same. By default there is
+    /// none, and packets that do not fit are dropped, as on any wire.
+    fn send_readiness(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Sends what a backend has kept of packets in order to send them together: there are no more
+    /// for now, or [`send_readiness`](Self::send_readiness) is readable.
+    fn flush(&mut self) {}
+
+    /// Why there is no network at present, in a few words and on one line. The driver then sees
+    /// that its link is down. Asked after packets were sent and received; by default there always
+    /// is one.
+    fn failure(&self) -> Option<&str> {
+        None
+    }
 
     /// Receives a packet into `buffers`, in their order, and gives its length in bytes. There is
     /// room for a packet of 65 566 bytes. The last two bytes of the header (`num_buffers`) are
@@ -81,6 +101,18 @@ impl<T: NetBackend + ?Sized> NetBackend for Box<T> {
 
     fn send(&mut self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
         (**self).send(packet)
+    }
+
+    fn send_readiness(&self) -> Option<BorrowedFd<'_>> {
+        (**self).send_readiness()
+    }
+
+    fn flush(&mut self) {
+        (**self).flush();
+    }
+
+    fn failure(&self) -> Option<&str> {
+        (**self).failure()
     }
 
     fn receive(&mut self, buffers: &[GuestSlice<'_>]) -> io::Result<usize> {

@@ -3,12 +3,12 @@
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use kiln_io_thread::{EventSet, IoEvent, Registrar};
 use kiln_virtio_device::{
-    ActivateError, Activation, ActiveQueue, QueueError, QueueHandler, Turn, VirtioDevice, Worker,
-    read_config_bytes,
+    ActivateError, Activation, ActiveQueue, InterruptEvent, QueueError, QueueHandler, Turn,
+    VirtioDevice, VirtioInterrupt, Worker, read_config_bytes,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net as raw;
@@ -96,10 +96,14 @@ pub struct Net {
     features: u64,
     mac: MacAddress,
     config: [u8; CONFIG_BYTES],
+    /// The link's status, in the configuration.
+    status: Arc<AtomicU16>,
 }
 
 /// The configuration up to and with `mtu` (virtio 1.3, section 5.1.4).
 const CONFIG_BYTES: usize = 12;
+/// Where the link's status is in it.
+const STATUS_BYTES: std::ops::Range<usize> = 6..8;
 
 impl Net {
     /// A device with this network.
@@ -117,15 +121,18 @@ impl Net {
         let mut features = MAC | MRG_RXBUF | STATUS | offload_features(backend.offloads());
         let mut config = [0; CONFIG_BYTES];
         config[0..6].copy_from_slice(&mac.bytes());
-        config[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
         // 8..10 is the number of queue pairs, which is not offered.
         if let Some(mtu) = mtu {
             features |= MTU;
             config[10..12].copy_from_slice(&mtu.to_le_bytes());
         }
         let counters = Arc::new(NetCounters::default());
+        let status = Arc::new(AtomicU16::new(LINK_UP));
         let handler = NetHandler {
             backend: Box::new(backend),
+            status: Arc::clone(&status),
+            interrupt: None,
+            on_failure: None,
             receiver: Receiver::new().map_err(NetError::Memory)?,
             counters: Arc::clone(&counters),
             watched: false,
@@ -136,7 +143,16 @@ impl Net {
             features,
             mac,
             config,
+            status,
         })
+    }
+
+    /// Calls `on_failure` with the reason each time when the network behind the device fails
+    /// ([`NetBackend::failure`]), on an I/O thread. To be set before the device is active.
+    pub fn on_failure(&mut self, on_failure: impl Fn(&str) + Send + 'static) {
+        if let Some(handler) = self.worker.handler_mut() {
+            handler.on_failure = Some(Box::new(on_failure));
+        }
     }
 
     /// The device's address.
@@ -209,10 +225,15 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.config, offset, data);
+        let mut config = self.config;
+        config[STATUS_BYTES].copy_from_slice(&self.status.load(Ordering::Acquire).to_le_bytes());
+        read_config_bytes(&config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        if let Some(handler) = self.worker.handler_mut() {
+            handler.interrupt = Some(Arc::clone(&activation.interrupt));
+        }
         self.worker.activate(activation)
     }
 
@@ -230,6 +251,9 @@ impl fmt::Debug for Net {
     }
 }
 
+/// Called with the reason when the network fails.
+type OnFailure = Box<dyn Fn(&str) + Send>;
+
 /// What lives on the I/O thread: the network.
 struct NetHandler {
     backend: Box<dyn NetBackend>,
@@ -237,9 +261,36 @@ struct NetHandler {
     counters: Arc<NetCounters>,
     /// Packets from the network are waited for.
     watched: bool,
+    status: Arc<AtomicU16>,
+    interrupt: Option<Arc<dyn VirtioInterrupt>>,
+    on_failure: Option<OnFailure>,
 }
 
 impl NetHandler {
+    /// The token of what says that there is room for packets to be sent.
+    const ROOM: u32 = Self::FIRST_TOKEN + 1;
+
+    /// Tells the driver when the network goes and comes.
+    fn follow_link(&mut self) {
+        let failure = self.backend.failure();
+        let status = if failure.is_none() { LINK_UP } else { 0 };
+        if self.status.swap(status, Ordering::AcqRel) == status {
+            return;
+        }
+        match failure {
+            Some(reason) => {
+                tracing::warn!("the link is down: {reason}");
+                if let Some(on_failure) = &self.on_failure {
+                    on_failure(reason);
+                }
+            }
+            None => tracing::info!("the link is up again"),
+        }
+        if let Some(interrupt) = &self.interrupt {
+            interrupt.trigger(InterruptEvent::Config);
+        }
+    }
+
     /// Waits for packets only while the driver has buffers for them: a network that is ready and
     /// not read would keep the thread busy.
     fn wait(&mut self, wait: Wait, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
@@ -258,13 +309,16 @@ impl NetHandler {
 }
 
 impl QueueHandler for NetHandler {
-    fn start(&mut self, features: u64, _registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+    fn start(&mut self, features: u64, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
         self.watched = false;
         self.receiver.start(ReceiveMode {
             mergeable: features & MRG_RXBUF != 0,
             large: features & (GUEST_TSO4 | GUEST_TSO6) != 0,
             flags: features & GUEST_CSUM != 0,
         });
+        if let Some(fd) = self.backend.send_readiness() {
+            registrar.add(&fd, Self::ROOM, EventSet::IN)?;
+        }
         self.backend.set_offloads(guest_offloads(features))
     }
 
@@ -283,10 +337,16 @@ impl QueueHandler for NetHandler {
             TRANSMIT => transmit(&mut *self.backend, &self.counters, turn)?,
             _ => {}
         }
+        self.follow_link();
         Ok(())
     }
 
-    fn ready(&mut self, _event: IoEvent) -> Option<u16> {
-        Some(RECEIVE)
+    fn ready(&mut self, event: IoEvent) -> Option<u16> {
+        if event.token != Self::ROOM {
+            return Some(RECEIVE);
+        }
+        // The driver need not have enabled the queue.
+        self.backend.flush();
+        Some(TRANSMIT)
     }
 }

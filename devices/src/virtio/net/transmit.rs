@@ -1,5 +1,6 @@
 //! From the driver to the network.
 
+use std::io;
 use std::sync::atomic::Ordering;
 
 use kiln_virtio_device::{QueueError, Turn};
@@ -10,8 +11,9 @@ use super::device::{HEADER_BYTES, MAX_PACKET, NetCounters};
 /// The Ethernet header, without which there is no frame.
 const ETHERNET_BYTES: usize = 14;
 
-/// Sends what the driver made available. A packet that cannot be sent at once is dropped, as on
-/// any wire: waiting would let one guest's traffic hold up the thread's other devices.
+/// Sends what the driver made available. A packet that cannot be sent at once waits in the queue
+/// where the network says when there is room for it; else it is dropped, as on any wire. Waiting
+/// here would let one guest's traffic hold up the thread's other devices.
 pub(super) fn transmit(
     backend: &mut dyn NetBackend,
     counters: &NetCounters,
@@ -20,7 +22,19 @@ pub(super) fn transmit(
     while let Some(chain) = turn.pop()? {
         let len = chain.readable.len();
         let fits = (HEADER_BYTES + ETHERNET_BYTES..=MAX_PACKET).contains(&len);
-        if fits && backend.send(chain.readable.slices()).is_ok() {
+        let result = if fits {
+            backend.send(chain.readable.slices())
+        } else {
+            Err(io::ErrorKind::InvalidInput.into())
+        };
+        if let Err(error) = &result
+            && error.kind() == io::ErrorKind::WouldBlock
+            && backend.send_readiness().is_some()
+        {
+            turn.put_back(chain);
+            break;
+        }
+        if result.is_ok() {
             counters.tx_packets.fetch_add(1, Ordering::Relaxed);
             let bytes = (len - HEADER_BYTES) as u64;
             counters.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -29,5 +43,6 @@ pub(super) fn transmit(
         }
         turn.complete(chain, 0)?;
     }
+    backend.flush();
     Ok(())
 }
