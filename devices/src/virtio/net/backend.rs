@@ -5,6 +5,8 @@ use std::os::fd::BorrowedFd;
 
 use kiln_memory::GuestSlice;
 
+use super::MacAddress;
+
 /// Work on packets that one side can leave to the other (virtio 1.3, section 5.1.6.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Offloads {
@@ -16,6 +18,11 @@ pub struct Offloads {
     pub tso6: bool,
     /// Such packets may have the congestion mark of TCP.
     pub ecn: bool,
+    /// UDP may come in packets larger than the MTU, to be cut into fragments of one datagram (UFO).
+    pub ufo: bool,
+    /// UDP over IPv4 and IPv6 may come in packets larger than the MTU, to be cut into datagrams
+    /// (USO).
+    pub uso: bool,
 }
 
 /// A network: packets go out of guest RAM and come into it.
@@ -33,12 +40,13 @@ pub trait NetBackend: Send + 'static {
         Offloads::default()
     }
 
-    /// The driver is ready, and takes packets with these offloads: a subset of
-    /// [`offloads`](Self::offloads). A backend that has any implements both.
+    /// The driver is ready, or has changed its mind, and takes packets with these offloads: a
+    /// subset of [`offloads`](Self::offloads). A backend that has any implements both. Each pair of
+    /// queues is told.
     ///
     /// # Errors
     ///
-    /// Any error, which makes the activation of the device fail.
+    /// Any error, which makes the activation of the device fail, or the driver's command.
     fn set_offloads(&mut self, guest: Offloads) -> io::Result<()> {
         let _ = guest;
         Ok(())
@@ -84,6 +92,45 @@ pub trait NetBackend: Send + 'static {
     fn mtu(&self) -> Option<u16> {
         None
     }
+
+    /// The address that the driver's interface is to have where nobody says another, if this
+    /// network has one for it. By default it is random.
+    fn mac(&self) -> Option<MacAddress> {
+        None
+    }
+
+    /// How many pairs of queues the device has where nobody says a number. By default it is one.
+    fn queue_pairs(&self) -> u16 {
+        1
+    }
+
+    /// Another pair of queues of the same network, worked on by a thread of its own. It is asked
+    /// for before the device is used, once for each pair but the first, which is this one. What a
+    /// pair sends belongs to flows of which the network best gives the other direction to the same
+    /// pair.
+    ///
+    /// # Errors
+    ///
+    /// Any error, which makes the creation of the device fail; `Unsupported` by default.
+    fn add_queue_pair(&mut self) -> io::Result<Box<dyn NetBackend>> {
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this network has one pair of queues only",
+        ))
+    }
+
+    /// Whether the driver uses this pair of queues: while it does not, nothing is sent or received,
+    /// and the network is to give its packets to other pairs. It is told at each start of the
+    /// device, before [`set_offloads`](Self::set_offloads), and when the driver chooses another
+    /// number of pairs. One that is the only one is always used.
+    ///
+    /// # Errors
+    ///
+    /// Any error, which is counted: the pair is not used then.
+    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        let _ = enabled;
+        Ok(())
+    }
 }
 
 impl<T: NetBackend + ?Sized> NetBackend for Box<T> {
@@ -121,5 +168,21 @@ impl<T: NetBackend + ?Sized> NetBackend for Box<T> {
 
     fn mtu(&self) -> Option<u16> {
         (**self).mtu()
+    }
+
+    fn mac(&self) -> Option<MacAddress> {
+        (**self).mac()
+    }
+
+    fn queue_pairs(&self) -> u16 {
+        (**self).queue_pairs()
+    }
+
+    fn add_queue_pair(&mut self) -> io::Result<Box<dyn NetBackend>> {
+        (**self).add_queue_pair()
+    }
+
+    fn set_enabled(&mut self, enabled: bool) -> io::Result<()> {
+        (**self).set_enabled(enabled)
     }
 }

@@ -13,9 +13,10 @@ use kiln_virtio_device::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net as raw;
 
+use super::features::{GUEST_CSUM, GUEST_LARGE, MAC, MRG_RXBUF, MTU, STATUS};
 use super::receive::{ReceiveMode, Receiver, Wait};
 use super::transmit::transmit;
-use super::{MacAddress, NetBackend, Offloads};
+use super::{MacAddress, NetBackend, features};
 
 /// The header in front of every packet (virtio 1.3, section 5.1.6).
 pub(super) const HEADER_BYTES: usize = 12;
@@ -29,23 +30,10 @@ const TRANSMIT: u16 = 1;
 const MIN_MTU: u16 = 1280;
 const LINK_UP: u16 = raw::VIRTIO_NET_S_LINK_UP as u16;
 
-const CSUM: u64 = 1 << raw::VIRTIO_NET_F_CSUM;
-const GUEST_CSUM: u64 = 1 << raw::VIRTIO_NET_F_GUEST_CSUM;
-const MTU: u64 = 1 << raw::VIRTIO_NET_F_MTU;
-const MAC: u64 = 1 << raw::VIRTIO_NET_F_MAC;
-const GUEST_TSO4: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO4;
-const GUEST_TSO6: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO6;
-const GUEST_ECN: u64 = 1 << raw::VIRTIO_NET_F_GUEST_ECN;
-const HOST_TSO4: u64 = 1 << raw::VIRTIO_NET_F_HOST_TSO4;
-const HOST_TSO6: u64 = 1 << raw::VIRTIO_NET_F_HOST_TSO6;
-const HOST_ECN: u64 = 1 << raw::VIRTIO_NET_F_HOST_ECN;
-const MRG_RXBUF: u64 = 1 << raw::VIRTIO_NET_F_MRG_RXBUF;
-const STATUS: u64 = 1 << raw::VIRTIO_NET_F_STATUS;
-
 /// How a network device is to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetOptions {
-    /// The device's address; a random one by default.
+    /// The device's address; by default that which the network has for it, or a random one.
     pub mac: Option<MacAddress>,
 }
 
@@ -115,10 +103,13 @@ impl Net {
         let mac = match options.mac {
             Some(mac) if mac.is_unicast() => mac,
             Some(mac) => return Err(NetError::Mac { mac }),
-            None => MacAddress::random().map_err(NetError::Random)?,
+            None => match backend.mac() {
+                Some(mac) => mac,
+                None => MacAddress::random().map_err(NetError::Random)?,
+            },
         };
         let mtu = backend.mtu().filter(|mtu| *mtu >= MIN_MTU);
-        let mut features = MAC | MRG_RXBUF | STATUS | offload_features(backend.offloads());
+        let mut features = MAC | MRG_RXBUF | STATUS | features::of_offloads(backend.offloads());
         let mut config = [0; CONFIG_BYTES];
         config[0..6].copy_from_slice(&mac.bytes());
         // 8..10 is the number of queue pairs, which is not offered.
@@ -166,37 +157,6 @@ impl Net {
     }
 }
 
-/// The features that say that the network can do this, in both directions.
-fn offload_features(offloads: Offloads) -> u64 {
-    let mut features = 0;
-    if offloads.checksum {
-        features |= CSUM | GUEST_CSUM;
-        for (offered, bits) in [
-            (offloads.tso4, HOST_TSO4 | GUEST_TSO4),
-            (offloads.tso6, HOST_TSO6 | GUEST_TSO6),
-            (
-                offloads.ecn && (offloads.tso4 || offloads.tso6),
-                HOST_ECN | GUEST_ECN,
-            ),
-        ] {
-            if offered {
-                features |= bits;
-            }
-        }
-    }
-    features
-}
-
-/// The offloads of packets that a driver with these features takes.
-fn guest_offloads(features: u64) -> Offloads {
-    Offloads {
-        checksum: features & GUEST_CSUM != 0,
-        tso4: features & GUEST_TSO4 != 0,
-        tso6: features & GUEST_TSO6 != 0,
-        ecn: features & GUEST_ECN != 0,
-    }
-}
-
 impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
@@ -212,16 +172,7 @@ impl VirtioDevice for Net {
 
     /// Features need those that they build on (virtio 1.3, section 5.1.3.1).
     fn validate_features(&self, acknowledged: u64) -> bool {
-        let has = |bits: u64| acknowledged & bits != 0;
-        let needs = [
-            (HOST_TSO4 | HOST_TSO6, CSUM),
-            (HOST_ECN, HOST_TSO4 | HOST_TSO6),
-            (GUEST_TSO4 | GUEST_TSO6, GUEST_CSUM),
-            (GUEST_ECN, GUEST_TSO4 | GUEST_TSO6),
-        ];
-        needs
-            .into_iter()
-            .all(|(bits, base)| !has(bits) || has(base))
+        features::are_complete(acknowledged)
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -313,13 +264,14 @@ impl QueueHandler for NetHandler {
         self.watched = false;
         self.receiver.start(ReceiveMode {
             mergeable: features & MRG_RXBUF != 0,
-            large: features & (GUEST_TSO4 | GUEST_TSO6) != 0,
+            large: features & GUEST_LARGE != 0,
             flags: features & GUEST_CSUM != 0,
         });
         if let Some(fd) = self.backend.send_readiness() {
             registrar.add(&fd, Self::ROOM, EventSet::IN)?;
         }
-        self.backend.set_offloads(guest_offloads(features))
+        self.backend
+            .set_offloads(features::guest_offloads(features))
     }
 
     fn process(

@@ -8,6 +8,7 @@
 //! | `backend` | [`NetBackend`]: what a network can do; [`Offloads`] |
 //! | `tap` | [`Tap`]: a tap interface of the host |
 //! | `mac` | [`MacAddress`] |
+//! | `features` | what a driver can agree on |
 //! | `device` | [`Net`]: features and configuration |
 //! | `receive`, `transmit` | the two queues |
 //!
@@ -51,6 +52,7 @@
 
 mod backend;
 mod device;
+mod features;
 mod mac;
 mod receive;
 mod tap;

@@ -199,8 +199,19 @@ fn probe_offloads(file: &File) -> io::Result<Offloads> {
         tso4: true,
         tso6: true,
         ecn: true,
+        ufo: true,
+        uso: true,
     };
-    let candidates = [all, Offloads { ecn: false, ..all }];
+    // Linux has learnt of USO in 6.2.
+    let older = Offloads { uso: false, ..all };
+    let candidates = [
+        all,
+        older,
+        Offloads {
+            ecn: false,
+            ..older
+        },
+    ];
     let known = candidates
         .into_iter()
         .find(|offloads| set_offloads(file, *offloads).is_ok());
@@ -215,6 +226,8 @@ fn set_offloads(file: &File, offloads: Offloads) -> io::Result<()> {
         (offloads.tso4, libc::TUN_F_TSO4),
         (offloads.tso6, libc::TUN_F_TSO6),
         (offloads.ecn, libc::TUN_F_TSO_ECN),
+        (offloads.ufo, libc::TUN_F_UFO),
+        (offloads.uso, libc::TUN_F_USO4 | libc::TUN_F_USO6),
     ] {
         if wanted {
             flags |= flag;

@@ -27,6 +27,8 @@ const ALL: Offloads = Offloads {
     tso4: true,
     tso6: true,
     ecn: true,
+    ufo: true,
+    uso: true,
 };
 
 /// What a test makes the cable do, and learns of it.
@@ -193,7 +195,8 @@ fn the_configuration_has_address_link_and_mtu() {
     assert_eq!(config[8..12], [0, 0, 0x78, 5]);
     assert_eq!(config[12..], [0; 4]);
     let offered = setup.driver.offered();
-    assert_eq!(offered & 0xff_ffff, 0x01_bbab, "{offered:#x}");
+    assert_eq!(offered & 0xff_ffff, 0x01_ffab, "{offered:#x}");
+    assert_eq!(offered >> 50, 0b111 << 4, "{offered:#x}");
     let (socket, _peer) = UnixDatagram::pair().unwrap();
     for mac in [[1, 0, 0, 0, 0, 0], [0; 6], [0xff; 6]] {
         let socket = socket.try_clone().unwrap();

@@ -211,7 +211,10 @@ fn an_interface_that_disappears_does_not_keep_the_thread_busy() {
         let mut driver = MockDriver::new(Box::new(net));
         driver.start(0, 16);
         to_guest(&mut driver, &host, &frame(60, 1));
-        driver.queues[0].add(&driver.memory, &[Buffer::writable(DATA, 2048)]);
+        // More than what the host itself may send takes.
+        for _ in 0..8 {
+            driver.queues[0].add(&driver.memory, &[Buffer::writable(DATA, 2048)]);
+        }
         driver.notify(0);
         // Deleting the interface by netlink: RTM_DELLINK with its index.
         delete_link(interface_index(&CString::new("tap0").unwrap()).unwrap());
