@@ -16,7 +16,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use kiln_tests::machines::{assert_belongings, builder, settled_belongings};
 use kiln_tests::{guests, host};
-use kiln_vmm::{Console, ConsoleInput, ConsoleOutput, Disk, Vm, VmBuilder, VmExit, VmHandle};
+use kiln_vmm::{
+    Console, ConsoleInput, ConsoleOutput, Disk, IoThreads, Vm, VmBuilder, VmExit, VmHandle,
+};
 
 thread_local! {
     /// Whether this is the thread of the test.
@@ -93,6 +95,7 @@ interpose! {
     fn timerfd_create(clock: c_int, flags: c_int) -> c_int, or -1;
     fn memfd_create(name: *const c_char, flags: c_uint) -> c_int, or -1;
     fn madvise(at: *mut c_void, length: usize, advice: c_int) -> c_int, or -1;
+    fn sched_setaffinity(thread: c_int, size: usize, set: *const c_void) -> c_int, or -1;
     fn sigaction(signal: c_int, new: *const c_void, old: *mut c_void) -> c_int, or -1;
     fn pthread_create(thread: *mut c_void, attributes: *const c_void, start: *mut c_void,
         argument: *mut c_void) -> c_int, or libc::EAGAIN;
@@ -142,7 +145,12 @@ fn rich(builder: VmBuilder, folder: &Path) -> Result<VmBuilder, Box<dyn std::err
             ConsoleInput::fd(ours.into()),
             ConsoleOutput::fd(theirs.into()),
         ))
-        .disk(Disk::open(folder.join("disk"))?.id("first"))
+        .disk(
+            Disk::open(folder.join("disk"))?
+                .id("first")
+                .io_threads(IoThreads::Device)
+                .io_affinity("0".parse()?),
+        )
         .disk(Disk::open_read_only(folder.join("other"))?))
 }
 

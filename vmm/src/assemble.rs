@@ -13,12 +13,13 @@ use kiln_devices::console::Console;
 use kiln_devices::legacy::serial::Serial;
 use kiln_devices::legacy::{I8042, IoApic, Rtc};
 use kiln_devices::virtio::balloon::BalloonControl;
-use kiln_io_thread::IoThread;
+use kiln_io_thread::IoThreadSet;
 use kiln_memory::{GuestMemory, MemorySize};
 use kiln_virtio_device::{MmioTransport, PciTransport, VirtioDevice, VirtioTransport};
 
 use crate::events::EventSource;
 use crate::interrupts::InterruptRoutes;
+use crate::io_threads::{DeviceIo, IoPool, QueueGroups};
 use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::metrics::{CountedDevices, MetricsSource, Work};
@@ -62,9 +63,12 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     }
     let initrd = builder.initrd.as_ref().map(Initrd::open).transpose()?;
     let failure = Arc::new(DeviceFailure::default());
-    let reported = Arc::clone(&failure);
-    let io_name = names::thread(name.as_deref(), "io", 0);
-    let io = IoThread::spawn(&io_name, move |panic| reported.report(panic.to_string()))?;
+    let mut io = IoPool::start(
+        name.clone(),
+        builder.io_threads,
+        builder.io_affinity.clone(),
+        Arc::clone(&failure),
+    )?;
     let host = match &builder.host {
         Some(host) => Arc::clone(host),
         None => Arc::new(Host::open()?),
@@ -76,15 +80,17 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let memory = Arc::new(kiln_memory::allocate(&regions, &builder.memory_options)?);
     let vm = Arc::new(KvmVm::new(&host, Arc::clone(&memory))?);
     let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
-    let mut wiring = Wiring::new(&host, &vm, &io, &topology)?;
+    let mut wiring = Wiring::new(&host, &vm, &mut io, &topology)?;
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
     let thread_name = names::thread(name.as_deref(), "vcpu", 3);
     let vcpus = Vcpus::create(&host, &vm, &topology, entry, kick_signal, thread_name)?;
-    // The thread was started first and is waited for last: it takes its time.
-    serial.connect(io.handle())?;
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports, events) = (wiring.devices, wiring.transports, wiring.events);
+    let balloon = wiring.balloon;
+    // The threads were started first and are waited for last: they take their time.
+    serial.connect(io.shared())?;
+    io.wait_started()?;
     Ok(Vm {
         machine: Machine {
             span: span.clone(),
@@ -92,7 +98,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             buses: Arc::new(devices.build()),
             transports,
             power_button,
-            balloon: wiring.balloon,
+            balloon,
             serial,
             io,
             failure,
@@ -158,7 +164,7 @@ struct Wiring<'a> {
     host: &'a Host,
     vm: &'a Arc<KvmVm>,
     routes: Arc<InterruptRoutes>,
-    io: &'a IoThread,
+    io: &'a mut IoPool,
     events: Arc<EventSource>,
 }
 
@@ -166,7 +172,7 @@ impl<'a> Wiring<'a> {
     fn new(
         host: &'a Host,
         vm: &'a Arc<KvmVm>,
-        io: &'a IoThread,
+        io: &'a mut IoPool,
         topology: &Topology,
     ) -> Result<Self, BuildError> {
         Ok(Self {
@@ -281,9 +287,13 @@ impl<'a> Wiring<'a> {
         let name = &member.name;
         // The transport keeps it.
         let _in_span = names::device_span(name).entered();
+        let groups = member.queue_groups();
+        let io = self
+            .io
+            .threads_for(name, &member.role, &member.io, groups)?;
         let transport = match member.transport.unwrap_or(default) {
-            Transport::Pci => self.add_virtio_pci(name, member.device)?,
-            Transport::Mmio => self.add_virtio_mmio(name, member.device)?,
+            Transport::Pci => self.add_virtio_pci(name, member.device, io)?,
+            Transport::Mmio => self.add_virtio_mmio(name, member.device, io)?,
         };
         if let Work::Balloon(control) = &member.work {
             self.balloon = Some(control.clone());
@@ -304,11 +314,11 @@ impl<'a> Wiring<'a> {
         &mut self,
         name: &str,
         device: Box<dyn VirtioDevice>,
+        io: IoThreadSet,
     ) -> Result<Arc<dyn VirtioTransport>, BuildError> {
         let count = PciTransport::vectors_for(&*device);
         let vectors = self.routes.vectors(self.host, name, count)?;
         let memory = Arc::clone(self.vm.memory());
-        let io = self.io.handle().clone();
         let (transport, mut description) = PciTransport::new(device, memory, io, name, vectors)?;
         description.set_bar_observer(Arc::new(pci::Notifications::new(
             Arc::clone(self.vm),
@@ -323,6 +333,7 @@ impl<'a> Wiring<'a> {
         &mut self,
         name: &str,
         device: Box<dyn VirtioDevice>,
+        io: IoThreadSet,
     ) -> Result<Arc<dyn VirtioTransport>, BuildError> {
         let gsi = self.devices.allocate_gsi(name).map_err(|error| {
             if let kiln_device_manager::Error::GsiExhausted { name, total } = error {
@@ -340,7 +351,7 @@ impl<'a> Wiring<'a> {
         let transport = Arc::new(MmioTransport::new(
             device,
             Arc::clone(self.vm.memory()),
-            self.io.handle().clone(),
+            io,
             line,
         )?);
         let notify = address + MmioTransport::NOTIFY_OFFSET;
@@ -382,17 +393,43 @@ struct Member {
     device: Box<dyn VirtioDevice>,
     /// Where it is not the machine's.
     transport: Option<Transport>,
+    /// What the names of its threads have for it.
+    role: String,
+    io: DeviceIo,
     work: Work,
 }
 
 impl Member {
-    /// A device of which there is one, and that counts nothing of its own.
-    fn new(name: &str, device: impl VirtioDevice + 'static, transport: Option<Transport>) -> Self {
+    /// A device that says nothing of its threads.
+    fn new(
+        name: impl Into<String>,
+        device: impl VirtioDevice + 'static,
+        transport: Option<Transport>,
+        work: Work,
+    ) -> Self {
+        let name = name.into();
         Self {
-            name: name.to_owned(),
+            role: name.replace(' ', ""),
+            name,
             device: Box::new(device),
             transport,
-            work: Work::Other,
+            io: DeviceIo::default(),
+            work,
+        }
+    }
+
+    /// The parts of it that can each have a thread.
+    fn queue_groups(&self) -> QueueGroups {
+        let all = self.device.queue_max_sizes().len();
+        // A network interface may have a control queue behind its pairs.
+        let queues = match self.work {
+            Work::Block(_) => 1,
+            Work::Net(_) => 2,
+            _ => return QueueGroups::ONE,
+        };
+        QueueGroups {
+            count: all / queues,
+            queues,
         }
     }
 }
@@ -401,58 +438,54 @@ impl Member {
 fn members(builder: &mut VmBuilder) -> Result<Vec<Member>, BuildError> {
     let mut members = Vec::new();
     for (index, disk) in mem::take(&mut builder.disks).into_iter().enumerate() {
-        let transport = disk.transport;
+        let (transport, io) = (disk.transport, disk.io.clone());
         let device = disk.into_device()?;
-        members.push(Member {
-            name: format!("disk {index}"),
-            transport,
-            work: Work::Block(device.counters()),
-            device: Box::new(device),
-        });
+        let work = Work::Block(device.counters());
+        let member = Member::new(format!("disk {index}"), device, transport, work);
+        members.push(Member { io, ..member });
     }
     for (index, net) in mem::take(&mut builder.nets).into_iter().enumerate() {
-        let transport = net.transport;
+        let (transport, io) = (net.transport, net.io.clone());
         let device = net.into_device()?;
-        members.push(Member {
-            name: format!("net {index}"),
-            transport,
-            work: Work::Net(device.counters()),
-            device: Box::new(device),
-        });
+        let work = Work::Net(device.counters());
+        let member = Member::new(format!("net {index}"), device, transport, work);
+        members.push(Member { io, ..member });
     }
     if let Some(vsock) = builder.vsock.take() {
         let transport = vsock.transport;
         let device = vsock.into_device()?;
-        members.push(Member {
-            name: "vsock".to_owned(),
-            transport,
-            work: Work::Vsock(device.counters()),
-            device: Box::new(device),
-        });
+        let work = Work::Vsock(device.counters());
+        members.push(Member::new("vsock", device, transport, work));
     }
     if let Some(console) = builder.virtio_console.take() {
         let transport = console.transport;
-        members.push(Member::new("console", console.into_device()?, transport));
+        let device = console.into_device()?;
+        members.push(Member::new("console", device, transport, Work::Other));
     }
     if let Some(rng) = builder.rng.take() {
         let transport = rng.transport;
-        members.push(Member::new("rng", rng.into_device()?, transport));
+        members.push(Member::new(
+            "rng",
+            rng.into_device()?,
+            transport,
+            Work::Other,
+        ));
     }
     if let Some(balloon) = builder.balloon.take() {
         let transport = balloon.transport;
         let device = balloon.into_device(builder.memory)?;
-        members.push(Member {
-            name: "balloon".to_owned(),
-            transport,
-            work: Work::Balloon(device.control()),
-            device: Box::new(device),
-        });
+        let work = Work::Balloon(device.control());
+        members.push(Member::new("balloon", device, transport, work));
     }
-    for (name, device, transport) in mem::take(&mut builder.virtio_devices) {
+    let own = mem::take(&mut builder.virtio_devices);
+    for (index, (name, device, transport)) in own.into_iter().enumerate() {
         members.push(Member {
             name,
             device,
             transport,
+            // Its name can be anything.
+            role: format!("dev{index}"),
+            io: DeviceIo::default(),
             work: Work::Other,
         });
     }

@@ -13,8 +13,8 @@ use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
 use crate::{
-    Balloon, BuildError, Decompressor, Disk, Host, Net, Rng, Transport, VirtioConsole, Vm, Vsock,
-    assemble,
+    Balloon, BuildError, CpuList, Decompressor, Disk, Host, IoThreads, Net, Rng, Transport,
+    VirtioConsole, Vm, Vsock, assemble,
 };
 
 /// A device of the embedder's own on a bus.
@@ -49,6 +49,8 @@ pub struct VmBuilder {
     pub(crate) vsock: Option<Vsock>,
     pub(crate) console: Console,
     pub(crate) transport: Transport,
+    pub(crate) io_threads: IoThreads,
+    pub(crate) io_affinity: Option<CpuList>,
     pub(crate) virtio_devices: Vec<(String, Box<dyn VirtioDevice>, Option<Transport>)>,
     pub(crate) pio_devices: Vec<BusDeviceAt<u16>>,
     pub(crate) mmio_devices: Vec<BusDeviceAt<u64>>,
@@ -76,6 +78,8 @@ impl Default for VmBuilder {
             vsock: None,
             console: Console::null(),
             transport: Transport::default(),
+            io_threads: IoThreads::default(),
+            io_affinity: None,
             virtio_devices: Vec::new(),
             pio_devices: Vec::new(),
             mmio_devices: Vec::new(),
@@ -208,6 +212,20 @@ impl VmBuilder {
     /// which 18 are free for that, and 14 in a machine with a PCI bus.
     pub fn transport(mut self, transport: Transport) -> Self {
         self.transport = transport;
+        self
+    }
+
+    /// Who works on the queues of the machine's virtio devices, but for those that say otherwise
+    /// themselves: one thread for all of them, unless said otherwise.
+    pub fn io_threads(mut self, threads: IoThreads) -> Self {
+        self.io_threads = threads;
+        self
+    }
+
+    /// The host's CPUs that the machine's I/O threads run on: all that the process has, unless said
+    /// otherwise. [`build`](Self::build) refuses those that are not online.
+    pub fn io_affinity(mut self, cpus: CpuList) -> Self {
+        self.io_affinity = Some(cpus);
         self
     }
 

@@ -5,13 +5,15 @@ use std::path::Path;
 
 use kiln_devices::virtio::block::{Block, BlockBackend, BlockOptions, RawFile};
 
-use crate::{BuildError, Transport};
+use crate::io_threads::DeviceIo;
+use crate::{BuildError, CpuList, IoThreads, Transport};
 
 /// A disk: what is behind it, and the id that the guest sees.
 pub struct Disk {
     backend: Box<dyn BlockBackend>,
     options: BlockOptions,
     pub(crate) transport: Option<Transport>,
+    pub(crate) io: DeviceIo,
 }
 
 impl Disk {
@@ -41,6 +43,7 @@ impl Disk {
             backend: Box::new(backend),
             options: BlockOptions::default(),
             transport: None,
+            io: DeviceIo::default(),
         }
     }
 
@@ -55,6 +58,20 @@ impl Disk {
     /// ([`VmBuilder::transport`](crate::VmBuilder::transport)).
     pub fn transport(mut self, transport: Transport) -> Self {
         self.transport = Some(transport);
+        self
+    }
+
+    /// Who works on its queues, where that differs from the rest of the machine
+    /// ([`VmBuilder::io_threads`](crate::VmBuilder::io_threads)).
+    pub fn io_threads(mut self, threads: IoThreads) -> Self {
+        self.io.threads = Some(threads);
+        self
+    }
+
+    /// The host's CPUs that its I/O threads run on, where they are not those of all I/O threads
+    /// ([`VmBuilder::io_affinity`](crate::VmBuilder::io_affinity)). It needs threads of its own.
+    pub fn io_affinity(mut self, cpus: CpuList) -> Self {
+        self.io.affinity = Some(cpus);
         self
     }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use kiln_io_thread::CpuList;
 use kiln_memory::MemorySize;
 
 use crate::HostError;
@@ -137,6 +138,33 @@ pub enum BuildError {
     /// The I/O thread could not be started.
     #[error(transparent)]
     IoThread(#[from] kiln_io_thread::Error),
+    /// There is no telling which CPUs the host has online.
+    #[error("read which CPUs this host has online")]
+    OnlineCpus {
+        /// What the system said.
+        source: io::Error,
+    },
+    /// I/O threads are to run on CPUs that the host does not have online.
+    #[error(
+        "run I/O threads on CPUs {cpus}: {missing} not online on this host, which has {online}"
+    )]
+    IoAffinity {
+        /// The CPUs asked for.
+        cpus: CpuList,
+        /// Those of them that are not online.
+        missing: CpuList,
+        /// Those that are.
+        online: CpuList,
+    },
+    /// A device is to run on CPUs of its own, and has no thread of its own.
+    #[error(
+        "keep the I/O of `{device}` on some CPUs: its I/O thread is shared with other devices; give it its own, \
+         or choose CPUs for all I/O threads"
+    )]
+    SharedIoAffinity {
+        /// The device.
+        device: String,
+    },
     /// The serial port could not be set up.
     #[error(transparent)]
     Serial(#[from] kiln_devices::legacy::serial::SerialError),

@@ -76,7 +76,7 @@ impl Vm {
         running.events.send(&VmEvent::Started);
         let manager = Arc::new(vcpus.start(&running.machine(), hooks)?);
         let stopper = Arc::downgrade(&manager);
-        // Called on the I/O thread: it must not wait for vCPUs, which may wait for it. Nor may it
+        // Called on an I/O thread: it must not wait for vCPUs, which may wait for it. Nor may it
         // be the last to hold the manager, whose drop would wait: a failure comes from a device,
         // and the machine that holds the devices ends after the manager.
         let events = Arc::clone(&running.events);
@@ -128,7 +128,8 @@ struct Running {
     power_button: PowerButton,
     balloon: Option<BalloonControl>,
     events: Arc<EventSource>,
-    io: IoHandle,
+    /// All I/O threads.
+    io: Vec<IoHandle>,
     /// The vCPUs' manager, where its last owner could not wait for them.
     kept: Mutex<Option<Arc<VcpuManager>>>,
     /// The thread that stops, pauses or resumes the devices, with the machine's lock held.
@@ -146,7 +147,7 @@ impl Running {
             power_button: machine.power_button(),
             balloon: machine.balloon.clone(),
             events: Arc::clone(&machine.events),
-            io: machine.io.handle().clone(),
+            io: machine.io.handles().cloned().collect(),
             kept: Mutex::default(),
             calls_devices: Mutex::default(),
             machine: Mutex::new(machine),
@@ -248,7 +249,7 @@ struct Inner {
 impl Inner {
     /// Whether this is one of the threads that the machine's end waits for.
     fn is_own_thread(&self) -> bool {
-        self.running.io.is_current()
+        self.running.io.iter().any(IoHandle::is_current)
             || self.manager.is_vcpu_thread()
             || *lock(&self.running.calls_devices) == Some(thread::current().id())
     }

@@ -1,4 +1,4 @@
-//! The machine around the vCPUs: its buses, its devices, and the thread they work on.
+//! The machine around the vCPUs: its buses, its devices, and the threads they work on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -9,12 +9,12 @@ use kiln_device_manager::Buses;
 use kiln_devices::acpi::PowerButton;
 use kiln_devices::legacy::serial::Serial;
 use kiln_devices::virtio::balloon::BalloonControl;
-use kiln_io_thread::IoThread;
 use kiln_memory::GuestMemory;
 use kiln_virtio_device::VirtioTransport;
 use tracing::Span;
 
 use crate::events::EventSource;
+use crate::io_threads::IoPool;
 use crate::kvm::KvmVm;
 use crate::metrics::MetricsSource;
 use crate::{DeviceError, VfioDevice};
@@ -30,7 +30,7 @@ pub(crate) const STOP_PATIENCE: Duration = Duration::from_millis(80);
 
 /// The machine around the vCPUs.
 ///
-/// The order of the fields is the order of their end: devices before the thread they work on, and
+/// The order of the fields is the order of their end: devices before the threads they work on, and
 /// all of them before the virtual machine and its memory.
 pub(crate) struct Machine {
     /// What is logged about the machine is logged in it.
@@ -41,8 +41,8 @@ pub(crate) struct Machine {
     pub(crate) power_button: PowerButton,
     pub(crate) balloon: Option<BalloonControl>,
     pub(crate) serial: Arc<Serial>,
-    /// Dropping it joins the thread.
-    pub(crate) io: IoThread,
+    /// Dropping it joins the threads.
+    pub(crate) io: IoPool,
     pub(crate) failure: Arc<DeviceFailure>,
     pub(crate) events: Arc<EventSource>,
     /// KVM's VFIO device, where somebody asked for it.
@@ -108,7 +108,7 @@ impl Machine {
 /// Told why a device failed.
 type OnFailure = Box<dyn FnOnce(&str) + Send>;
 
-/// Why a device failed on the I/O thread, and what to do about it.
+/// Why a device failed on an I/O thread, and what to do about it.
 #[derive(Default)]
 pub(crate) struct DeviceFailure {
     message: OnceLock<String>,

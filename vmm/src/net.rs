@@ -4,13 +4,15 @@ use std::fmt;
 
 use kiln_devices::virtio::net::{MacAddress, Net as NetDevice, NetBackend, NetOptions, Tap};
 
-use crate::{BuildError, Transport};
+use crate::io_threads::DeviceIo;
+use crate::{BuildError, CpuList, IoThreads, Transport};
 
 /// A network interface: what is behind it, and its address.
 pub struct Net {
     backend: Box<dyn NetBackend>,
     options: NetOptions,
     pub(crate) transport: Option<Transport>,
+    pub(crate) io: DeviceIo,
 }
 
 impl Net {
@@ -29,6 +31,7 @@ impl Net {
             backend: Box::new(backend),
             options: NetOptions::default(),
             transport: None,
+            io: DeviceIo::default(),
         }
     }
 
@@ -42,6 +45,20 @@ impl Net {
     /// ([`VmBuilder::transport`](crate::VmBuilder::transport)).
     pub fn transport(mut self, transport: Transport) -> Self {
         self.transport = Some(transport);
+        self
+    }
+
+    /// Who works on its queues, where that differs from the rest of the machine
+    /// ([`VmBuilder::io_threads`](crate::VmBuilder::io_threads)).
+    pub fn io_threads(mut self, threads: IoThreads) -> Self {
+        self.io.threads = Some(threads);
+        self
+    }
+
+    /// The host's CPUs that its I/O threads run on, where they are not those of all I/O threads
+    /// ([`VmBuilder::io_affinity`](crate::VmBuilder::io_affinity)). It needs threads of its own.
+    pub fn io_affinity(mut self, cpus: CpuList) -> Self {
+        self.io.affinity = Some(cpus);
         self
     }
 

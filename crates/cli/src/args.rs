@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_vmm::config::BalloonConfig;
-use kiln_vmm::{Decompressor, MacAddress, MemorySize, Transport};
+use kiln_vmm::{CpuList, Decompressor, IoThreads, MacAddress, MemorySize, Transport};
 
 /// Boot Linux in a KVM virtual machine.
 #[derive(Debug, Parser)]
@@ -78,13 +78,31 @@ pub(crate) struct Run {
     #[arg(long, value_name = "pci|mmio")]
     pub(crate) transport: Option<Transport>,
 
+    /// Who works on the queues of the virtio devices, but for those that say otherwise: one thread
+    /// that all share, one for each device, or one for each queue of a disk and each pair of queues
+    /// of a network interface [default: shared]
+    #[arg(long, value_name = "shared|device|queue")]
+    pub(crate) io_threads: Option<IoThreads>,
+
+    /// The host's CPUs that the I/O threads run on, such as 0-3,5 [default: all]. In the options of
+    /// a disk or a network interface, which must have threads of its own for that, a comma of the
+    /// list is written twice
+    #[arg(long, value_name = "CPUS")]
+    pub(crate) io_affinity: Option<CpuList>,
+
     /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: a raw image file or a block
     /// device. A comma in the path is written twice
-    #[arg(long, value_name = "PATH[,readonly][,id=ID][,transport=pci|mmio]")]
+    #[arg(
+        long,
+        value_name = "PATH[,readonly][,id=ID][,transport=pci|mmio][,io-threads=shared|device|queue][,io-affinity=CPUS]"
+    )]
     pub(crate) disk: Vec<DiskArg>,
 
     /// A network interface (virtio-net) on an existing tap interface of the host
-    #[arg(long, value_name = "tap=NAME[,mac=MAC][,transport=pci|mmio]")]
+    #[arg(
+        long,
+        value_name = "tap=NAME[,mac=MAC][,transport=pci|mmio][,io-threads=shared|device|queue][,io-affinity=CPUS]"
+    )]
     pub(crate) net: Vec<NetArg>,
 
     /// A socket device (virtio-vsock) for streams between programs of the guest and of the host: a
@@ -206,13 +224,16 @@ pub(crate) struct DiskArg {
     pub(crate) readonly: bool,
     pub(crate) id: Option<String>,
     pub(crate) transport: Option<Transport>,
+    pub(crate) io_threads: Option<IoThreads>,
+    pub(crate) io_affinity: Option<CpuList>,
 }
 
 impl std::str::FromStr for DiskArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (path, options) = split_path(text);
+        let mut options = split_options(text).into_iter();
+        let path = options.next().unwrap_or_default();
         if path.is_empty() {
             return Err("the path of the disk is empty".to_owned());
         }
@@ -221,22 +242,36 @@ impl std::str::FromStr for DiskArg {
             readonly: false,
             id: None,
             transport: None,
+            io_threads: None,
+            io_affinity: None,
         };
         for option in options {
             match option.split_once('=') {
                 None if option == "readonly" => disk.readonly = true,
                 Some(("id", id)) => disk.id = Some(id.to_owned()),
                 Some(("transport", name)) => disk.transport = Some(transport(name)?),
+                Some(("io-threads", word)) => disk.io_threads = Some(parse(word)?),
+                Some(("io-affinity", cpus)) => disk.io_affinity = Some(cpu_list(cpus)?),
                 _ => {
                     return Err(format!(
-                        "unknown disk option `{option}`: there are `readonly`, `id=ID` and \
-                         `transport=pci|mmio`"
+                        "unknown disk option `{option}`: there are `readonly`, `id=ID`, \
+                         `transport=pci|mmio`, `io-threads=shared|device|queue` and \
+                         `io-affinity=CPUS`"
                     ));
                 }
             }
         }
         Ok(disk)
     }
+}
+
+/// Reads a value by its own words.
+fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|e| format!("`{text}`: {e}"))
+}
+
+fn cpu_list(text: &str) -> Result<CpuList, String> {
+    text.parse().map_err(|e| format!("{e}"))
 }
 
 fn transport(name: &str) -> Result<Transport, String> {
@@ -266,6 +301,8 @@ pub(crate) struct NetArg {
     pub(crate) tap: String,
     pub(crate) mac: Option<MacAddress>,
     pub(crate) transport: Option<Transport>,
+    pub(crate) io_threads: Option<IoThreads>,
+    pub(crate) io_affinity: Option<CpuList>,
 }
 
 impl std::str::FromStr for NetArg {
@@ -275,17 +312,21 @@ impl std::str::FromStr for NetArg {
         let mut tap = None;
         let mut mac = None;
         let mut chosen = None;
-        for option in text.split(',') {
+        let (mut io_threads, mut io_affinity) = (None, None);
+        for option in split_options(text) {
             match option.split_once('=') {
                 Some(("tap", name)) => tap = Some(name.to_owned()),
                 Some(("mac", address)) => {
                     mac = Some(address.parse().map_err(|e| format!("`{address}`: {e}"))?);
                 }
                 Some(("transport", name)) => chosen = Some(transport(name)?),
+                Some(("io-threads", word)) => io_threads = Some(parse(word)?),
+                Some(("io-affinity", cpus)) => io_affinity = Some(cpu_list(cpus)?),
                 _ => {
                     return Err(format!(
-                        "unknown network option `{option}`: there are `tap=NAME`, `mac=MAC` and \
-                         `transport=pci|mmio`"
+                        "unknown network option `{option}`: there are `tap=NAME`, `mac=MAC`, \
+                         `transport=pci|mmio`, `io-threads=shared|device|queue` and \
+                         `io-affinity=CPUS`"
                     ));
                 }
             }
@@ -295,6 +336,8 @@ impl std::str::FromStr for NetArg {
             tap,
             mac,
             transport: chosen,
+            io_threads,
+            io_affinity,
         })
     }
 }
@@ -646,6 +689,25 @@ mod tests {
             "tap=x,transport=isa".parse::<NetArg>(),
             Err(expected.into())
         );
+    }
+
+    #[test]
+    fn each_device_can_have_io_threads_of_its_own() {
+        let disk: DiskArg = "a,,b,io-threads=device,io-affinity=0-1,,3".parse().unwrap();
+        assert_eq!(disk.path, PathBuf::from("a,b"));
+        assert_eq!(disk.io_threads, Some(IoThreads::Device));
+        assert_eq!(disk.io_affinity.unwrap().to_string(), "0-1,3");
+        let net: NetArg = "tap=t,io-affinity=2,io-threads=queue".parse().unwrap();
+        assert_eq!(net.io_threads, Some(IoThreads::Queue));
+        assert_eq!(net.io_affinity.unwrap().to_string(), "2");
+        for (text, said) in [
+            ("a,io-threads=two", "`two`: there are `shared`"),
+            ("a,io-affinity=", "`` is not a list of CPUs"),
+            ("a,io-affinity=0,3", "unknown disk option `3`"),
+        ] {
+            let error = text.parse::<DiskArg>().unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
     }
 
     #[test]

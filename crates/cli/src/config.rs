@@ -31,6 +31,8 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
     set(&mut config.vcpus, args.cpus);
     set(&mut config.memory, args.memory);
     set(&mut config.transport, args.transport);
+    set(&mut config.io_threads, args.io_threads);
+    config.io_affinity = args.io_affinity.or(config.io_affinity);
     if !args.disk.is_empty() {
         config.disks = args.disk.into_iter().map(DiskConfig::from).collect();
     }
@@ -116,6 +118,8 @@ impl From<DiskArg> for DiskConfig {
             readonly: disk.readonly,
             id: disk.id,
             transport: disk.transport,
+            io_threads: disk.io_threads,
+            io_affinity: disk.io_affinity,
         }
     }
 }
@@ -126,6 +130,8 @@ impl From<NetArg> for NetConfig {
             tap: net.tap,
             mac: net.mac,
             transport: net.transport,
+            io_threads: net.io_threads,
+            io_affinity: net.io_affinity,
         }
     }
 }

@@ -13,6 +13,7 @@
 //! | module | what lives there |
 //! |---|---|
 //! | `thread` | [`IoThread`], [`IoHandle`], [`Attached`] |
+//! | `cpus` | [`CpuList`]: the CPUs that a thread may run on |
 //! | `set` | [`IoThreadSet`]: the threads that share one device's work |
 //! | `handler` | [`IoHandler`], [`IoEvent`], [`Registrar`]: what a handler implements and is given |
 //!
@@ -55,10 +56,12 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod cpus;
 mod handler;
 mod set;
 mod thread;
 
+pub use cpus::{CpuList, CpuListError};
 pub use handler::{IoEvent, IoHandler, Registrar};
 pub use set::IoThreadSet;
 pub use thread::{Attached, Error, HandlerPanic, IoHandle, IoThread};

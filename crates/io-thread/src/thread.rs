@@ -13,6 +13,7 @@ use std::thread::{Builder, JoinHandle, ThreadId};
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 use kiln_device_api::panic_message;
 
+use crate::CpuList;
 use crate::handler::{IoHandler, PanicHook, Subscriber};
 
 /// The stack of an I/O thread, in bytes: handlers keep their buffers on the heap.
@@ -93,6 +94,20 @@ impl IoThread {
         name: &str,
         on_panic: impl Fn(HandlerPanic) + Send + Sync + 'static,
     ) -> Result<Self, Error> {
+        Self::spawn_on(name, None, on_panic)
+    }
+
+    /// Starts a thread as [`spawn`](Self::spawn) does, which runs on these CPUs alone if there are
+    /// any; where it may not, the first call says so.
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn).
+    pub fn spawn_on(
+        name: &str,
+        cpus: Option<CpuList>,
+        on_panic: impl Fn(HandlerPanic) + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let span = tracing::Span::current();
@@ -103,10 +118,10 @@ impl IoThread {
             .stack_size(STACK_SIZE)
             .spawn(move || {
                 let _in_span = span.entered();
-                let mut manager = match EventManager::<Subscriber>::new() {
+                let mut manager = match set_up(cpus.as_ref()) {
                     Ok(manager) => manager,
                     Err(error) => {
-                        let _ = sender.send(Err(io::Error::other(error)));
+                        let _ = sender.send(Err(error));
                         return;
                     }
                 };
@@ -141,6 +156,16 @@ impl IoThread {
     pub fn handle(&self) -> &IoHandle {
         &self.handle
     }
+}
+
+/// What a thread does before it serves anybody.
+fn set_up(cpus: Option<&CpuList>) -> io::Result<EventManager<Subscriber>> {
+    if let Some(cpus) = cpus {
+        cpus.pin_this_thread().map_err(|error| {
+            io::Error::new(error.kind(), format!("run on CPUs {cpus} alone: {error}"))
+        })?;
+    }
+    EventManager::new().map_err(io::Error::other)
 }
 
 impl Drop for IoThread {
@@ -220,6 +245,15 @@ impl IoHandle {
             id: Some(id),
             handler: PhantomData,
         })
+    }
+
+    /// Waits until the thread can be called.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Spawn`] where it can't have what it needs, and has ended.
+    pub fn wait_started(&self) -> Result<(), Error> {
+        self.endpoint.get().map(|_| ())
     }
 
     /// Whether this is called on the I/O thread itself.
@@ -425,6 +459,35 @@ mod tests {
         assert!(matches!(attached.detach(), Err(Error::Ended)));
         let (handler, _wake, _receive) = echo(0);
         assert!(matches!(handle.attach(handler), Err(Error::Ended)));
+    }
+
+    #[test]
+    fn a_thread_runs_on_its_cpus_alone_or_says_why_not() {
+        let online = CpuList::online().unwrap();
+        let known = rustix::thread::sched_getaffinity(None).unwrap();
+        let usable = online.iter().find(|cpu| known.is_set(*cpu as usize));
+        let one: CpuList = usable.unwrap().to_string().parse().unwrap();
+        let thread = IoThread::spawn_on("test", Some(one.clone()), |_| ()).unwrap();
+        thread.handle().wait_started().unwrap();
+        let (handler, _wake, _receive) = echo(0);
+        let attached = thread.handle().attach(handler).unwrap();
+        let cpus = attached.call(|_| rustix::thread::sched_getaffinity(None));
+        let cpus = cpus.unwrap().unwrap();
+        assert_eq!(cpus.count(), 1);
+        assert!(cpus.is_set(one.iter().next().unwrap() as usize));
+
+        // A CPU that is surely not there.
+        let none: CpuList = "1023".parse().unwrap();
+        if none.without(&online).is_some() {
+            let thread = IoThread::spawn_on("test", Some(none), |_| ()).unwrap();
+            let error = thread.handle().wait_started().unwrap_err();
+            let Error::Spawn { name, source } = error else {
+                panic!("{error}");
+            };
+            assert_eq!(name, "test");
+            let text = source.to_string();
+            assert!(text.contains("run on CPUs 1023 alone"), "{text}");
+        }
     }
 
     #[test]

@@ -22,7 +22,11 @@ impl VmConfig {
             .memory(self.memory)
             .memory_options(self.memory_options)
             .transport(self.transport)
+            .io_threads(self.io_threads)
             .kernel_decompressor(self.kernel_decompressor);
+        if let Some(cpus) = self.io_affinity {
+            builder = builder.io_affinity(cpus);
+        }
         if let Some(name) = self.name {
             builder = builder.name(name);
         }
@@ -73,6 +77,14 @@ impl DiskConfig {
             Some(id) => disk.id(id),
             None => disk,
         };
+        let disk = match self.io_threads {
+            Some(threads) => disk.io_threads(threads),
+            None => disk,
+        };
+        let disk = match self.io_affinity {
+            Some(cpus) => disk.io_affinity(cpus),
+            None => disk,
+        };
         Ok(match self.transport {
             Some(transport) => disk.transport(transport),
             None => disk,
@@ -85,6 +97,14 @@ impl NetConfig {
         let net = Net::tap(&self.tap)?;
         let net = match self.mac {
             Some(mac) => net.mac(mac),
+            None => net,
+        };
+        let net = match self.io_threads {
+            Some(threads) => net.io_threads(threads),
+            None => net,
+        };
+        let net = match self.io_affinity {
+            Some(cpus) => net.io_affinity(cpus),
             None => net,
         };
         Ok(match self.transport {

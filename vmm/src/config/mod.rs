@@ -61,7 +61,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BootProtocol, Decompressor, MacAddress, MemoryOptions, MemorySize, Transport};
+use crate::{
+    BootProtocol, CpuList, Decompressor, IoThreads, MacAddress, MemoryOptions, MemorySize,
+    Transport,
+};
 
 pub use console::{ConsolePortConfig, SerialConfig, VirtioConsoleConfig};
 pub use error::{ConfigError, Place};
@@ -98,6 +101,15 @@ pub struct VmConfig {
     pub memory: MemorySize,
     /// How the guest reaches the virtio devices, but for those that say otherwise themselves.
     pub transport: Transport,
+    /// Who works on the queues of the virtio devices, but for those that say otherwise themselves:
+    /// one thread that all share, one for each device, or one for each queue of a disk and each
+    /// pair of queues of a network interface.
+    pub io_threads: IoThreads,
+    /// The host's CPUs that the I/O threads run on, such as 0-3,5. Not given, they are all that the
+    /// process has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(schema_with = "schema::cpu_list"))]
+    pub io_affinity: Option<CpuList>,
     /// Where the guest's serial port (ttyS0) leads. Not given, it leads nowhere; `kiln run` then
     /// takes its standard input and output, unless the console has them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -158,6 +170,8 @@ impl Default for VmConfig {
             vcpus: 1,
             memory: MemorySize::mib(512),
             transport: Transport::default(),
+            io_threads: IoThreads::default(),
+            io_affinity: None,
             serial: None,
             console: None,
             memory_options: MemoryOptions::default(),
@@ -233,6 +247,14 @@ pub struct DiskConfig {
     /// How the guest reaches it. Not given, it is as for the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,
+    /// Who works on its queues. Not given, it is as for the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_threads: Option<IoThreads>,
+    /// The host's CPUs that its own I/O threads run on, such as 0-3,5. Not given, they are those of
+    /// all I/O threads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(schema_with = "schema::cpu_list"))]
+    pub io_affinity: Option<CpuList>,
 }
 
 /// A network interface on a tap interface of the host.
@@ -249,6 +271,14 @@ pub struct NetConfig {
     /// How the guest reaches it. Not given, it is as for the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,
+    /// Who works on its queues. Not given, it is as for the machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_threads: Option<IoThreads>,
+    /// The host's CPUs that its own I/O threads run on, such as 0-3,5. Not given, they are those of
+    /// all I/O threads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(schema_with = "schema::cpu_list"))]
+    pub io_affinity: Option<CpuList>,
 }
 
 /// A socket device.

@@ -13,7 +13,7 @@ use super::{
     VsockConfig,
 };
 use super::{ConsolePortConfig, VirtioConsoleConfig};
-use crate::{MemoryOptions, MemorySize, Transport};
+use crate::{IoThreads, MemoryOptions, MemorySize, Transport};
 
 /// Set to write the schema instead of comparing it.
 const BLESS: &str = "KILN_BLESS";
@@ -23,6 +23,13 @@ pub(super) fn memory_size(_: &mut SchemaGenerator) -> Schema {
         "type": ["string", "integer"],
         "pattern": "^ *[0-9]+([KkMmGgTt]([Ii]?[Bb])?|[Bb])? *$",
         "minimum": 0
+    })
+}
+
+pub(super) fn cpu_list(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": ["string", "null"],
+        "pattern": "^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$"
     })
 }
 
@@ -139,6 +146,7 @@ fn the_schema_has_every_key_that_is_written() {
         name: Some("n".into()),
         kernel: Some("k".into()),
         initrd: Some("i".into()),
+        io_affinity: Some("0".parse().unwrap()),
         memory: MemorySize::mib(64),
         serial: Some(SerialConfig::File("s".into())),
         balloon: Some(BalloonConfig {
@@ -148,12 +156,16 @@ fn the_schema_has_every_key_that_is_written() {
         disks: vec![DiskConfig {
             id: Some("i".into()),
             transport: Some(Transport::Mmio),
+            io_threads: Some(IoThreads::Device),
+            io_affinity: Some("0".parse().unwrap()),
             ..DiskConfig::default()
         }],
         nets: vec![NetConfig {
             tap: "t".into(),
             mac: Some("06:00:00:00:00:01".parse().unwrap()),
             transport: Some(Transport::Mmio),
+            io_threads: Some(IoThreads::Device),
+            io_affinity: Some("0".parse().unwrap()),
         }],
         vsock: Some(VsockConfig {
             transport: Some(Transport::Mmio),

@@ -5,7 +5,7 @@ use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::{Backing, BuildError, Decompressor, HugePages, VmBuilder};
+use crate::{Backing, BuildError, Decompressor, HugePages, IoThreads, VmBuilder};
 
 fn full() -> VmConfig {
     VmConfig {
@@ -31,24 +31,29 @@ fn full() -> VmConfig {
             free_page_reporting: false,
             transport: Some(Transport::Pci),
         }),
+        io_threads: IoThreads::Queue,
+        io_affinity: Some("0-1".parse().unwrap()),
         disks: vec![
             DiskConfig {
                 path: "root.ext4".into(),
                 readonly: false,
                 id: Some("root".into()),
                 transport: Some(Transport::Pci),
+                io_threads: Some(IoThreads::Device),
+                io_affinity: Some("0-3,5".parse().unwrap()),
             },
             DiskConfig {
                 path: "/srv/data.img".into(),
                 readonly: true,
-                id: None,
-                transport: None,
+                ..DiskConfig::default()
             },
         ],
         nets: vec![NetConfig {
             tap: "tap0".into(),
             mac: Some("06:00:00:00:00:01".parse().unwrap()),
             transport: Some(Transport::Mmio),
+            io_threads: Some(IoThreads::Shared),
+            ..NetConfig::default()
         }],
         vsock: Some(VsockConfig {
             cid: 42,
@@ -114,6 +119,8 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.vcpus, 4);
     assert_eq!(builder.memory, MemorySize::gib(5));
     assert_eq!(builder.transport, full().transport);
+    assert_eq!(builder.io_threads, IoThreads::Queue);
+    assert_eq!(builder.io_affinity, full().io_affinity);
     assert_eq!(builder.kernel_decompressor, Decompressor::Guest);
     assert_eq!(builder.memory_options, full().memory_options);
     assert_eq!(builder.initrd, Some(folder.path().join("initrd.img")));
@@ -137,6 +144,9 @@ fn every_option_reaches_the_builder() {
     assert_eq!(builder.vsock, Some(vsock.transport(Transport::Mmio)));
     let transports: Vec<_> = builder.disks.iter().map(|disk| disk.transport).collect();
     assert_eq!(transports, [Some(Transport::Pci), None]);
+    let io = &builder.disks[0].io;
+    assert_eq!(io.threads, Some(IoThreads::Device));
+    assert_eq!(io.affinity, full().disks[0].io_affinity);
     let balloon = builder.balloon.unwrap();
     assert_eq!(balloon.transport, Some(Transport::Pci));
     let balloon = format!("{balloon:?}");
