@@ -13,6 +13,7 @@ use kiln_devices::console::Console;
 use kiln_devices::legacy::serial::Serial;
 use kiln_devices::legacy::{I8042, IoApic, Rtc};
 use kiln_devices::virtio::balloon::BalloonControl;
+use kiln_devices::virtio::block::BlockControl;
 use kiln_io_thread::IoThreadSet;
 use kiln_memory::{GuestMemory, MemorySize};
 use kiln_virtio_device::{MmioTransport, PciTransport, VirtioDevice, VirtioTransport};
@@ -87,7 +88,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     let vcpus = Vcpus::create(&host, &vm, &topology, entry, kick_signal, thread_name)?;
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports, events) = (wiring.devices, wiring.transports, wiring.events);
-    let balloon = wiring.balloon;
+    let (balloon, disks) = (wiring.balloon, wiring.disks);
     // The threads were started first and are waited for last: they take their time.
     serial.connect(io.shared())?;
     io.wait_started()?;
@@ -99,6 +100,7 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
             transports,
             power_button,
             balloon,
+            disks,
             serial,
             io,
             failure,
@@ -161,6 +163,7 @@ struct Wiring<'a> {
     acpi: AcpiConfig,
     counted: CountedDevices,
     balloon: Option<BalloonControl>,
+    disks: Vec<BlockControl>,
     host: &'a Host,
     vm: &'a Arc<KvmVm>,
     routes: Arc<InterruptRoutes>,
@@ -192,6 +195,7 @@ impl<'a> Wiring<'a> {
             },
             counted: CountedDevices::default(),
             balloon: None,
+            disks: Vec::new(),
             host,
             vm,
             routes: InterruptRoutes::new(Arc::clone(vm)),
@@ -295,8 +299,10 @@ impl<'a> Wiring<'a> {
             Transport::Pci => self.add_virtio_pci(name, member.device, io)?,
             Transport::Mmio => self.add_virtio_mmio(name, member.device, io)?,
         };
-        if let Work::Balloon(control) = &member.work {
-            self.balloon = Some(control.clone());
+        match &member.work {
+            Work::Balloon(control) => self.balloon = Some(control.clone()),
+            Work::Block(control) => self.disks.push(control.clone()),
+            _ => {}
         }
         self.counted.add(name, transport.counters(), member.work);
         let (events, device) = (Arc::clone(&self.events), name.to_owned());
@@ -439,8 +445,8 @@ fn members(builder: &mut VmBuilder) -> Result<Vec<Member>, BuildError> {
     let mut members = Vec::new();
     for (index, disk) in mem::take(&mut builder.disks).into_iter().enumerate() {
         let (transport, io) = (disk.transport, disk.io.clone());
-        let device = disk.into_device()?;
-        let work = Work::Block(device.counters());
+        let device = disk.into_device(builder.vcpus)?;
+        let work = Work::Block(device.control());
         let member = Member::new(format!("disk {index}"), device, transport, work);
         members.push(Member { io, ..member });
     }

@@ -3,15 +3,19 @@
 use std::fmt;
 use std::path::Path;
 
-use kiln_devices::virtio::block::{Block, BlockBackend, BlockOptions, RawFile};
+use kiln_devices::virtio::block::{Block, BlockBackend, BlockOptions, CacheMode, RawFile};
 
 use crate::io_threads::DeviceIo;
 use crate::{BuildError, CpuList, IoThreads, Transport};
 
-/// A disk: what is behind it, and the id that the guest sees.
+/// The most queues that a disk has where it is not said how many.
+const DEFAULT_QUEUES: u16 = 16;
+
+/// A disk: what is behind it, and how the guest sees it.
 pub struct Disk {
     backend: Box<dyn BlockBackend>,
     options: BlockOptions,
+    direct: bool,
     pub(crate) transport: Option<Transport>,
     pub(crate) io: DeviceIo,
 }
@@ -42,6 +46,7 @@ impl Disk {
         Self {
             backend: Box::new(backend),
             options: BlockOptions::default(),
+            direct: false,
             transport: None,
             io: DeviceIo::default(),
         }
@@ -51,6 +56,34 @@ impl Disk {
     /// ASCII characters. By default it is made from what the image is.
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.options.id = Some(id.into());
+        self
+    }
+
+    /// How many queues it has, from 1 to 256. By default it is one for each vCPU, but no more than
+    /// 16, so that vCPUs do not wait for each other.
+    pub fn queues(mut self, count: u16) -> Self {
+        self.options.queues = Some(count);
+        self
+    }
+
+    /// When what the guest has written lasts: when it flushes it, as is the default, or when each
+    /// write is completed. The guest can change it.
+    pub fn cache(mut self, mode: CacheMode) -> Self {
+        self.options.cache = mode;
+        self
+    }
+
+    /// The size of blocks in bytes that the guest sees: 512 or 4096. By default it is that of what
+    /// is behind the disk, which is also the least; for a file it is 512.
+    pub fn logical_block_size(mut self, bytes: u32) -> Self {
+        self.options.logical_block_size = Some(bytes);
+        self
+    }
+
+    /// Whether an image is read and written without the host's page cache (`O_DIRECT`). By default
+    /// it is not; a backend of your own cannot be.
+    pub fn direct(mut self, direct: bool) -> Self {
+        self.direct = direct;
         self
     }
 
@@ -75,7 +108,18 @@ impl Disk {
         self
     }
 
-    pub(crate) fn into_device(self) -> Result<Block, BuildError> {
+    /// The device, of a machine with this many vCPUs.
+    pub(crate) fn into_device(mut self, vcpus: u32) -> Result<Block, BuildError> {
+        if self.direct {
+            let file = self.backend.as_raw_file();
+            file.ok_or(BuildError::DirectBackend)?.set_direct()?;
+        }
+        let queues = || u16::try_from(vcpus).unwrap_or(DEFAULT_QUEUES);
+        let queues = self
+            .options
+            .queues
+            .unwrap_or_else(|| queues().clamp(1, DEFAULT_QUEUES));
+        self.options.queues = Some(queues);
         Ok(Block::new(self.backend, self.options)?)
     }
 }
@@ -86,6 +130,7 @@ impl fmt::Debug for Disk {
             .field("bytes", &self.backend.size())
             .field("read_only", &self.backend.is_read_only())
             .field("options", &self.options)
+            .field("direct", &self.direct)
             .finish()
     }
 }

@@ -61,6 +61,12 @@ pub enum BuildError {
     /// A disk image cannot be opened.
     #[error(transparent)]
     DiskImage(#[from] kiln_devices::virtio::block::RawFileError),
+    /// Only files and block devices have a way past the page cache.
+    #[error(
+        "use a disk without the host's page cache (O_DIRECT): that is for raw images and block \
+         devices, not for a backend of another kind"
+    )]
+    DirectBackend,
     /// A disk cannot be as it was described.
     #[error(transparent)]
     Disk(#[from] kiln_devices::virtio::block::BlockError),

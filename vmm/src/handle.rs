@@ -9,6 +9,7 @@ use std::time::Duration;
 use kiln_device_api::{ExitRequest, panic_message};
 use kiln_devices::acpi::PowerButton;
 use kiln_devices::virtio::balloon::BalloonControl;
+use kiln_devices::virtio::block::BlockControl;
 use kiln_io_thread::IoHandle;
 use kiln_vcpu_manager::{EndHooks, ExitCounts, MachineEnd, VcpuManager};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -127,6 +128,7 @@ struct Running {
     metrics: Arc<MetricsSource>,
     power_button: PowerButton,
     balloon: Option<BalloonControl>,
+    disks: Vec<BlockControl>,
     events: Arc<EventSource>,
     /// All I/O threads.
     io: Vec<IoHandle>,
@@ -146,6 +148,7 @@ impl Running {
             metrics: Arc::clone(&machine.metrics),
             power_button: machine.power_button(),
             balloon: machine.balloon.clone(),
+            disks: machine.disks.clone(),
             events: Arc::clone(&machine.events),
             io: machine.io.handles().cloned().collect(),
             kept: Mutex::default(),
@@ -365,6 +368,20 @@ impl VmHandle {
     /// the guest says of its memory.
     pub fn balloon(&self) -> Option<BalloonControl> {
         self.inner.running.balloon.clone()
+    }
+
+    /// The host's side of a disk: the first one that the builder was [given](crate::VmBuilder::disk)
+    /// is 0. By it the guest learns that its disk is larger now:
+    ///
+    /// ```no_run
+    /// # fn enlarge(handle: &kiln_vmm::VmHandle) -> Result<(), Box<dyn std::error::Error>> {
+    /// std::fs::File::options().write(true).open("root.ext4")?.set_len(8 << 30)?;
+    /// handle.disk(0).ok_or("there is a disk")?.refresh_size()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn disk(&self, index: usize) -> Option<BlockControl> {
+        self.inner.running.disks.get(index).cloned()
     }
 
     /// Stops the machine, whatever the guest does. The machine then ended with

@@ -130,7 +130,10 @@ pub use kiln_devices::rate_limit::RateLimit;
 pub use kiln_devices::virtio::balloon::{
     BalloonControl, BalloonCounters, BalloonError, BalloonStatistics,
 };
-pub use kiln_devices::virtio::block::{BlockBackend, RawFile, RawFileError};
+pub use kiln_devices::virtio::block::{
+    BlockBackend, BlockControl, BlockCounters, BlockError, BlockProperties, CacheMode, RawFile,
+    RawFileError,
+};
 pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
 pub use kiln_io_thread::{CpuList, CpuListError};

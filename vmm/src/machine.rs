@@ -9,6 +9,7 @@ use kiln_device_manager::Buses;
 use kiln_devices::acpi::PowerButton;
 use kiln_devices::legacy::serial::Serial;
 use kiln_devices::virtio::balloon::BalloonControl;
+use kiln_devices::virtio::block::BlockControl;
 use kiln_memory::GuestMemory;
 use kiln_virtio_device::VirtioTransport;
 use tracing::Span;
@@ -40,6 +41,7 @@ pub(crate) struct Machine {
     pub(crate) transports: Vec<Arc<dyn VirtioTransport>>,
     pub(crate) power_button: PowerButton,
     pub(crate) balloon: Option<BalloonControl>,
+    pub(crate) disks: Vec<BlockControl>,
     pub(crate) serial: Arc<Serial>,
     /// Dropping it joins the threads.
     pub(crate) io: IoPool,

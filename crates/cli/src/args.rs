@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_vmm::config::BalloonConfig;
+use kiln_vmm::config::{BalloonConfig, DiskConfig};
 use kiln_vmm::{CpuList, Decompressor, IoThreads, MacAddress, MemorySize, Transport};
 
 /// Boot Linux in a KVM virtual machine.
@@ -91,10 +91,14 @@ pub(crate) struct Run {
     pub(crate) io_affinity: Option<CpuList>,
 
     /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: a raw image file or a block
-    /// device. A comma in the path is written twice
+    /// device. It has a queue for each vCPU, up to 16, unless `queues` says how many; writes last
+    /// when the guest flushes them, or each at once (`cache=writethrough`); `direct` does without
+    /// the host's page cache. A comma in the path is written twice
     #[arg(
         long,
-        value_name = "PATH[,readonly][,id=ID][,transport=pci|mmio][,io-threads=shared|device|queue][,io-affinity=CPUS]"
+        value_name = "PATH[,readonly][,id=ID][,queues=N][,cache=writeback|writethrough][,direct]\
+                      [,logical-block-size=512|4096][,transport=pci|mmio]\
+                      [,io-threads=shared|device|queue][,io-affinity=CPUS]"
     )]
     pub(crate) disk: Vec<DiskArg>,
 
@@ -218,15 +222,9 @@ pub(crate) enum Protocol {
     Pvh,
 }
 
+/// A disk as it is on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct DiskArg {
-    pub(crate) path: PathBuf,
-    pub(crate) readonly: bool,
-    pub(crate) id: Option<String>,
-    pub(crate) transport: Option<Transport>,
-    pub(crate) io_threads: Option<IoThreads>,
-    pub(crate) io_affinity: Option<CpuList>,
-}
+pub(crate) struct DiskArg(pub(crate) DiskConfig);
 
 impl std::str::FromStr for DiskArg {
     type Err = String;
@@ -237,31 +235,36 @@ impl std::str::FromStr for DiskArg {
         if path.is_empty() {
             return Err("the path of the disk is empty".to_owned());
         }
-        let mut disk = Self {
+        let mut disk = DiskConfig {
             path: path.into(),
-            readonly: false,
-            id: None,
-            transport: None,
-            io_threads: None,
-            io_affinity: None,
+            ..DiskConfig::default()
         };
         for option in options {
             match option.split_once('=') {
                 None if option == "readonly" => disk.readonly = true,
+                None if option == "direct" => disk.direct = true,
                 Some(("id", id)) => disk.id = Some(id.to_owned()),
+                Some(("queues", count)) => disk.queues = Some(parse(count)?),
+                Some(("cache", mode)) => {
+                    disk.cache = parse(mode)?;
+                }
+                Some(("logical-block-size", size)) => {
+                    disk.logical_block_size = Some(parse(size)?);
+                }
                 Some(("transport", name)) => disk.transport = Some(transport(name)?),
                 Some(("io-threads", word)) => disk.io_threads = Some(parse(word)?),
                 Some(("io-affinity", cpus)) => disk.io_affinity = Some(cpu_list(cpus)?),
                 _ => {
                     return Err(format!(
                         "unknown disk option `{option}`: there are `readonly`, `id=ID`, \
-                         `transport=pci|mmio`, `io-threads=shared|device|queue` and \
-                         `io-affinity=CPUS`"
+                         `queues=N`, `cache=writeback|writethrough`, `direct`, \
+                         `logical-block-size=512|4096`, `transport=pci|mmio`, \
+                         `io-threads=shared|device|queue` and `io-affinity=CPUS`"
                     ));
                 }
             }
         }
-        Ok(disk)
+        Ok(Self(disk))
     }
 }
 
@@ -591,15 +594,44 @@ Example:
 mod tests {
     use super::*;
     use clap::CommandFactory;
+    use kiln_vmm::CacheMode;
 
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
         Cli::command().debug_assert();
     }
 
+    fn disk_config(text: &str) -> DiskConfig {
+        text.parse::<DiskArg>().unwrap().0
+    }
+
+    #[test]
+    fn a_disk_can_be_told_how_to_work() {
+        let text = "a,queues=4,cache=writethrough,direct,logical-block-size=4096";
+        let expected = DiskConfig {
+            path: "a".into(),
+            queues: Some(4),
+            cache: CacheMode::Writethrough,
+            direct: true,
+            logical_block_size: Some(4096),
+            ..DiskConfig::default()
+        };
+        assert_eq!(disk_config(text), expected);
+        for (wrong, part) in [
+            ("a,queues=x", "`x`"),
+            ("a,queues=65536", "`65536`"),
+            ("a,cache=none", "there are `writeback` and `writethrough`"),
+            ("a,logical-block-size=4k", "`4k`"),
+            ("a,direct=maybe", "unknown disk option"),
+        ] {
+            let error = wrong.parse::<DiskArg>().unwrap_err();
+            assert!(error.contains(part), "{wrong}: {error}");
+        }
+    }
+
     #[test]
     fn a_disk_has_a_path_and_options() {
-        let disk: DiskArg = "a.img,readonly,id=root".parse().unwrap();
+        let disk = disk_config("a.img,readonly,id=root");
         assert_eq!(disk.path, PathBuf::from("a.img"));
         assert!(disk.readonly);
         assert_eq!(disk.id.as_deref(), Some("root"));
@@ -607,10 +639,10 @@ mod tests {
 
     #[test]
     fn a_doubled_comma_belongs_to_the_path() {
-        let disk: DiskArg = "a,,b,,readonly".parse().unwrap();
+        let disk = disk_config("a,,b,,readonly");
         assert_eq!(disk.path, PathBuf::from("a,b,readonly"));
         assert!(!disk.readonly);
-        let disk: DiskArg = "a,,b,readonly".parse().unwrap();
+        let disk = disk_config("a,,b,readonly");
         assert_eq!(disk.path, PathBuf::from("a,b"));
         assert!(disk.readonly);
     }
@@ -676,7 +708,7 @@ mod tests {
 
     #[test]
     fn each_device_can_have_a_transport_of_its_own() {
-        let disk: DiskArg = "a.img,transport=mmio".parse().unwrap();
+        let disk = disk_config("a.img,transport=mmio");
         assert_eq!(disk.transport, Some(Transport::Mmio));
         let net: NetArg = "tap=tap0,transport=pci".parse().unwrap();
         assert_eq!(net.transport, Some(Transport::Pci));

@@ -2,13 +2,11 @@
 
 use anyhow::{Error, bail};
 use kiln_vmm::config::{
-    BootProtocolConfig, ConsolePortConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig,
-    SerialConfig, VmConfig, VsockConfig,
+    BootProtocolConfig, ConsolePortConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig,
+    VmConfig, VsockConfig,
 };
 
-use crate::args::{
-    ConsoleArg, DiskArg, NetArg, Protocol, RngArg, Run, SerialArg, VirtioPortArg, VsockArg,
-};
+use crate::args::{ConsoleArg, NetArg, Protocol, RngArg, Run, SerialArg, VirtioPortArg, VsockArg};
 
 /// What the file says, or the defaults where there is none, with the arguments put over it.
 pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
@@ -34,7 +32,7 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
     set(&mut config.io_threads, args.io_threads);
     config.io_affinity = args.io_affinity.or(config.io_affinity);
     if !args.disk.is_empty() {
-        config.disks = args.disk.into_iter().map(DiskConfig::from).collect();
+        config.disks = args.disk.into_iter().map(|disk| disk.0).collect();
     }
     if !args.net.is_empty() {
         config.nets = args.net.into_iter().map(NetConfig::from).collect();
@@ -107,19 +105,6 @@ impl From<Protocol> for BootProtocolConfig {
             Protocol::Auto => Self::Auto,
             Protocol::Linux64 => Self::Linux64,
             Protocol::Pvh => Self::Pvh,
-        }
-    }
-}
-
-impl From<DiskArg> for DiskConfig {
-    fn from(disk: DiskArg) -> Self {
-        Self {
-            path: disk.path,
-            readonly: disk.readonly,
-            id: disk.id,
-            transport: disk.transport,
-            io_threads: disk.io_threads,
-            io_affinity: disk.io_affinity,
         }
     }
 }

@@ -73,18 +73,22 @@ impl DiskConfig {
         } else {
             Disk::open(&self.path)?
         };
-        let disk = match self.id {
-            Some(id) => disk.id(id),
-            None => disk,
-        };
-        let disk = match self.io_threads {
-            Some(threads) => disk.io_threads(threads),
-            None => disk,
-        };
-        let disk = match self.io_affinity {
-            Some(cpus) => disk.io_affinity(cpus),
-            None => disk,
-        };
+        let mut disk = disk.cache(self.cache).direct(self.direct);
+        if let Some(id) = self.id {
+            disk = disk.id(id);
+        }
+        if let Some(queues) = self.queues {
+            disk = disk.queues(queues);
+        }
+        if let Some(size) = self.logical_block_size {
+            disk = disk.logical_block_size(size);
+        }
+        if let Some(threads) = self.io_threads {
+            disk = disk.io_threads(threads);
+        }
+        if let Some(cpus) = self.io_affinity {
+            disk = disk.io_affinity(cpus);
+        }
         Ok(match self.transport {
             Some(transport) => disk.transport(transport),
             None => disk,

@@ -62,8 +62,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BootProtocol, CpuList, Decompressor, IoThreads, MacAddress, MemoryOptions, MemorySize,
-    Transport,
+    BootProtocol, CacheMode, CpuList, Decompressor, IoThreads, MacAddress, MemoryOptions,
+    MemorySize, Transport,
 };
 
 pub use console::{ConsolePortConfig, SerialConfig, VirtioConsoleConfig};
@@ -244,6 +244,24 @@ pub struct DiskConfig {
     /// Not given, it is made from what the image is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// How many queues it has, from 1 to 256. Not given, it is one for each vCPU, but no more than
+    /// 16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(range(min = 1, max = 256)))]
+    pub queues: Option<u16>,
+    /// When what the guest has written lasts: when it flushes it, or when each write is completed.
+    /// The guest can change it.
+    #[serde(default)]
+    #[cfg_attr(test, schemars(schema_with = "schema::cache_mode"))]
+    pub cache: CacheMode,
+    /// The size of blocks in bytes that the guest sees: 512 or 4096. Not given, it is that of the
+    /// host's block device, and 512 for a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(schema_with = "schema::block_size"))]
+    pub logical_block_size: Option<u32>,
+    /// Whether the image is read and written without the host's page cache (O_DIRECT).
+    #[serde(default)]
+    pub direct: bool,
     /// How the guest reaches it. Not given, it is as for the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,

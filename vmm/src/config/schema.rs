@@ -40,6 +40,14 @@ pub(super) fn mac_address(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+pub(super) fn cache_mode(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "string", "enum": ["writeback", "writethrough"] })
+}
+
+pub(super) fn block_size(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": ["integer", "null"], "enum": [512, 4096, null] })
+}
+
 // The keys of `MemoryOptions`, which is another crate's; a test below holds the two together.
 /// How guest RAM is backed by the host.
 #[derive(JsonSchema)]
@@ -155,6 +163,8 @@ fn the_schema_has_every_key_that_is_written() {
         }),
         disks: vec![DiskConfig {
             id: Some("i".into()),
+            queues: Some(1),
+            logical_block_size: Some(512),
             transport: Some(Transport::Mmio),
             io_threads: Some(IoThreads::Device),
             io_affinity: Some("0".parse().unwrap()),

@@ -38,6 +38,10 @@ fn full() -> VmConfig {
                 path: "root.ext4".into(),
                 readonly: false,
                 id: Some("root".into()),
+                queues: Some(3),
+                cache: CacheMode::Writethrough,
+                logical_block_size: Some(4096),
+                direct: true,
                 transport: Some(Transport::Pci),
                 io_threads: Some(IoThreads::Device),
                 io_affinity: Some("0-3,5".parse().unwrap()),
@@ -154,7 +158,15 @@ fn every_option_reaches_the_builder() {
     assert_eq!(balloon.matches("false").count(), 2, "{balloon}");
     let disks: Vec<String> = builder.disks.iter().map(|d| format!("{d:?}")).collect();
     assert!(disks[0].contains("bytes: 1024") && disks[0].contains("read_only: false"));
-    assert!(disks[0].contains("\"root\""), "{}", disks[0]);
+    for part in [
+        "\"root\"",
+        "queues: Some(3)",
+        "cache: Writethrough",
+        "logical_block_size: Some(4096)",
+        "direct: true",
+    ] {
+        assert!(disks[0].contains(part), "{part}: {}", disks[0]);
+    }
     assert!(disks[1].contains("bytes: 512") && disks[1].contains("read_only: true"));
     assert!(folder.path().join("console.log").exists());
 }

@@ -142,6 +142,18 @@ pub struct BlockMetrics {
     pub write_bytes: u64,
     /// Flushes.
     pub flushes: u64,
+    /// Requests to discard.
+    #[serde(default)]
+    pub discards: u64,
+    /// The bytes that they discarded.
+    #[serde(default)]
+    pub discard_bytes: u64,
+    /// Requests to write zeros.
+    #[serde(default)]
+    pub write_zeroes: u64,
+    /// The bytes that they wrote.
+    #[serde(default)]
+    pub write_zeroes_bytes: u64,
     /// Requests for the disk's identification.
     pub ids: u64,
     /// Requests that failed.
@@ -150,8 +162,14 @@ pub struct BlockMetrics {
     pub read_latency: LatencyMetrics,
     /// The same for each write.
     pub write_latency: LatencyMetrics,
-    /// The same for each flush, those included that writes need where the driver does not flush.
+    /// The same for each flush, those included that writes need where they are to last at once.
     pub flush_latency: LatencyMetrics,
+    /// The same for each request to discard.
+    #[serde(default)]
+    pub discard_latency: LatencyMetrics,
+    /// The same for each request to write zeros.
+    #[serde(default)]
+    pub write_zeroes_latency: LatencyMetrics,
 }
 
 /// A network interface. Bytes are those of frames; what it received is what the guest received.
@@ -221,7 +239,7 @@ pub struct BalloonMetrics {
 }
 
 /// A histogram of durations.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LatencyMetrics {
     /// How many there were: the sum of all buckets.

@@ -118,16 +118,23 @@ fn block_families(text: &mut Text<'_>) {
                 ("read", of.reads),
                 ("write", of.writes),
                 ("flush", of.flushes),
+                ("discard", of.discards),
+                ("write_zeroes", of.write_zeroes),
                 ("id", of.ids),
             ] {
                 samples.add(&[("device", device), ("kind", kind)], count);
             }
         });
     });
-    let help = "Bytes that were read from a disk and written to it.";
+    let help = "Bytes of a disk that were read, written, discarded and made zero.";
     text.family("kiln_block_bytes_total", COUNTER, help, |vm, samples| {
         disks(vm, &mut |device, of| {
-            for (kind, bytes) in [("read", of.read_bytes), ("write", of.write_bytes)] {
+            for (kind, bytes) in [
+                ("read", of.read_bytes),
+                ("write", of.write_bytes),
+                ("discard", of.discard_bytes),
+                ("write_zeroes", of.write_zeroes_bytes),
+            ] {
                 samples.add(&[("device", device), ("kind", kind)], bytes);
             }
         });
@@ -147,6 +154,8 @@ fn block_families(text: &mut Text<'_>) {
                     ("read", &of.read_latency),
                     ("write", &of.write_latency),
                     ("flush", &of.flush_latency),
+                    ("discard", &of.discard_latency),
+                    ("write_zeroes", &of.write_zeroes_latency),
                 ] {
                     samples.histogram(&[("device", device), ("kind", kind)], latency);
                 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kiln_devices::legacy::serial::SerialCounters;
 use kiln_devices::virtio::LatencyHistogram;
 use kiln_devices::virtio::balloon::BalloonControl;
-use kiln_devices::virtio::block::BlockCounters;
+use kiln_devices::virtio::block::BlockControl;
 use kiln_devices::virtio::net::NetCounters;
 use kiln_devices::virtio::vsock::VsockCounters;
 use kiln_virtio_device::{DeviceCounters, QueueCounters};
@@ -20,7 +20,7 @@ use crate::{ExitCounts, VmState};
 
 /// What a device counts because of what it is.
 pub(crate) enum Work {
-    Block(Arc<BlockCounters>),
+    Block(BlockControl),
     Net(Arc<NetCounters>),
     Vsock(Arc<VsockCounters>),
     Balloon(BalloonControl),
@@ -134,7 +134,7 @@ fn device(from: &Device) -> DeviceMetrics {
         balloon: None,
     };
     match &from.work {
-        Work::Block(counters) => metrics.block = Some(block(counters)),
+        Work::Block(control) => metrics.block = Some(block(control)),
         Work::Net(counters) => metrics.net = Some(net(counters)),
         Work::Vsock(counters) => metrics.vsock = Some(vsock(counters)),
         Work::Balloon(control) => metrics.balloon = Some(balloon(control)),
@@ -152,18 +152,25 @@ fn queue(from: &QueueCounters) -> QueueMetrics {
     }
 }
 
-fn block(from: &BlockCounters) -> BlockMetrics {
+fn block(from: &BlockControl) -> BlockMetrics {
+    let from = from.counters();
     BlockMetrics {
         reads: get(&from.reads),
         read_bytes: get(&from.read_bytes),
         writes: get(&from.writes),
         write_bytes: get(&from.write_bytes),
         flushes: get(&from.flushes),
+        discards: get(&from.discards),
+        discard_bytes: get(&from.discard_bytes),
+        write_zeroes: get(&from.write_zeroes),
+        write_zeroes_bytes: get(&from.write_zeroes_bytes),
         ids: get(&from.ids),
         errors: get(&from.errors),
         read_latency: latency(&from.read_latency),
         write_latency: latency(&from.write_latency),
         flush_latency: latency(&from.flush_latency),
+        discard_latency: latency(&from.discard_latency),
+        write_zeroes_latency: latency(&from.write_zeroes_latency),
     }
 }
 

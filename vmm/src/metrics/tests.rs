@@ -7,13 +7,35 @@ use std::time::Duration;
 
 use kiln_devices::legacy::serial::SerialCounters;
 use kiln_devices::virtio::balloon::{Balloon, BalloonOptions};
-use kiln_devices::virtio::block::BlockCounters;
+use kiln_devices::virtio::block::{Block, BlockBackend, BlockControl, BlockOptions};
 use kiln_devices::virtio::net::NetCounters;
 use kiln_devices::virtio::vsock::VsockCounters;
 use kiln_memory::MemorySize;
 use kiln_virtio_device::DeviceCounters;
 
 use super::*;
+
+struct NoDisk;
+
+impl BlockBackend for NoDisk {
+    fn size(&self) -> u64 {
+        512
+    }
+    fn read_at(&mut self, _: u64, _: &[kiln_memory::GuestSlice<'_>]) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn write_at(&mut self, _: u64, _: &[kiln_memory::GuestSlice<'_>]) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn disk_control() -> BlockControl {
+    let block = Block::new(NoDisk, BlockOptions::default()).unwrap();
+    block.control()
+}
 
 /// A machine with a disk, a network, a socket device and two of somebody's own.
 fn metrics(name: Option<&str>) -> Metrics {
@@ -27,7 +49,8 @@ fn metrics(name: Option<&str>) -> Metrics {
     disk.queues.push(Arc::default());
     set(&disk.queues[0].requests, 4);
     set(&disk.queues[0].bytes_to_driver, u64::MAX);
-    let block = BlockCounters::default();
+    let block_control = disk_control();
+    let block = block_control.counters();
     set(&block.reads, 2);
     set(&block.errors, 1);
     for nanos in [100, 256, 257, 3_000_000_000, 9_000_000_000] {
@@ -40,7 +63,7 @@ fn metrics(name: Option<&str>) -> Metrics {
     set(&vsock.open, 8);
     set(&vsock.from_host, 9);
     let mut devices = CountedDevices::default();
-    devices.add("disk 0", Arc::new(disk), Work::Block(Arc::new(block)));
+    devices.add("disk 0", Arc::new(disk), Work::Block(block_control));
     devices.add("net 0", Arc::default(), Work::Net(Arc::new(net)));
     devices.add("vsock", Arc::default(), Work::Vsock(Arc::new(vsock)));
     let options = BalloonOptions {

@@ -1,23 +1,51 @@
-//! The device: what it offers, and its configuration.
+//! The device: what it offers, and the work on its queues.
 
 use std::fmt;
+use std::io;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use kiln_virtio_device::{
     ActivateError, Activation, ActiveQueue, VirtioDevice, Worker, read_config_bytes,
 };
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk as raw;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use super::request::{BlockHandler, ID_BYTES, SEGMENT_BYTES};
-use super::{BlockBackend, BlockCounters, SECTOR_SIZE};
+use super::config::{self, Config};
+use super::handler::BlockHandler;
+use super::request::ID_BYTES;
+use super::shared::{Shared, Source};
+use super::{BlockBackend, BlockControl, BlockCounters, BlockProperties};
 
 const QUEUE_SIZE: u16 = 256;
 /// The segments of a request that fills the queue: two descriptors are for header and status.
 pub(super) const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
-/// Sectors of a page, as a power of two: below it a host's page cache has to read before it can
-/// write.
-const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
+/// The most queues.
+const MAX_QUEUES: u16 = 256;
+
+/// When what a guest has written lasts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheMode {
+    /// When the guest flushes it.
+    #[default]
+    Writeback,
+    /// When the write is completed.
+    Writethrough,
+}
+
+impl FromStr for CacheMode {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "writeback" => Ok(Self::Writeback),
+            "writethrough" => Ok(Self::Writethrough),
+            _ => Err("there are `writeback` and `writethrough`"),
+        }
+    }
+}
 
 /// How a block device is to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -25,9 +53,17 @@ pub struct BlockOptions {
     /// The identification that the driver can ask for (Linux shows it as the disk's serial
     /// number): 1 to 20 printable ASCII characters. By default the backend gives one.
     pub id: Option<String>,
+    /// How many queues it has, from 1 to 256: as many as the guest has vCPUs, so that each has its
+    /// own. 1 by default.
+    pub queues: Option<u16>,
+    /// When what the guest has written lasts, which its driver can change.
+    pub cache: CacheMode,
+    /// The size of blocks in bytes that the driver sees: 512 or 4096, and not less than what the
+    /// backend has, which is the default.
+    pub logical_block_size: Option<u32>,
 }
 
-/// Why a block device could not be made.
+/// Why a block device could not be made, or not be told what it was told.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BlockError {
@@ -38,26 +74,47 @@ pub enum BlockError {
         id: String,
     },
     /// The backend's size is not that of a disk.
-    #[error("make a disk of {size} bytes: not a multiple of {SECTOR_SIZE} above 0")]
+    #[error("make a disk of {size} bytes: not a multiple of {block_size} above 0")]
     Size {
         /// The size in bytes.
         size: u64,
+        /// What it is to be a multiple of, in bytes.
+        block_size: u32,
     },
+    /// The size of blocks is not one that the disk can have.
+    #[error("make a disk with blocks of {asked} bytes: it can have {possible}")]
+    BlockSize {
+        /// What was asked for.
+        asked: u32,
+        /// What can be.
+        possible: &'static str,
+    },
+    /// There cannot be so many queues.
+    #[error("make a disk with {asked} queues: it can have 1 to {MAX_QUEUES}")]
+    Queues {
+        /// What was asked for.
+        asked: u16,
+    },
+    /// The size of what is behind the disk cannot be had.
+    #[error("look how large a disk is")]
+    Refresh(#[source] io::Error),
+}
+
+/// The state of a [`Block`], besides that of its transport and what is on the disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockState {
+    /// When what the guest has written lasts, as its driver has chosen.
+    pub cache: CacheMode,
 }
 
 /// A virtio block device.
-///
-/// It keeps nothing between two requests, so it has no state of its own to be saved: what there is
-/// is in the transport's state, in its options, and on the disk.
 pub struct Block {
-    worker: Worker<BlockHandler>,
-    counters: Arc<BlockCounters>,
+    /// One for each queue.
+    workers: Vec<Worker<BlockHandler>>,
+    shared: Arc<Shared>,
     features: u64,
-    config: [u8; CONFIG_BYTES],
+    queue_sizes: Vec<u16>,
 }
-
-/// The configuration up to and with `opt_io_size`.
-const CONFIG_BYTES: usize = 32;
 
 impl Block {
     /// A device for this disk.
@@ -65,35 +122,103 @@ impl Block {
     /// # Errors
     ///
     /// [`BlockError`] where the options or the disk's size cannot be.
-    pub fn new(backend: impl BlockBackend, options: BlockOptions) -> Result<Self, BlockError> {
-        let size = backend.size();
-        if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
-            return Err(BlockError::Size { size });
+    pub fn new(
+        backend: impl BlockBackend + 'static,
+        options: BlockOptions,
+    ) -> Result<Self, BlockError> {
+        let queues = options.queues.unwrap_or(1);
+        if !(1..=MAX_QUEUES).contains(&queues) {
+            return Err(BlockError::Queues { asked: queues });
+        }
+        let mut properties = backend.properties();
+        properties.logical_block_size = block_size(options.logical_block_size, &properties)?;
+        let (size, block_size) = (backend.size(), properties.logical_block_size);
+        if size == 0 || !size.is_multiple_of(u64::from(block_size)) {
+            return Err(BlockError::Size { size, block_size });
         }
         let id = id_bytes(options.id, &backend)?;
-        let mut features = 1 << raw::VIRTIO_BLK_F_SIZE_MAX
-            | 1 << raw::VIRTIO_BLK_F_SEG_MAX
-            | 1 << raw::VIRTIO_BLK_F_BLK_SIZE
-            | 1 << raw::VIRTIO_BLK_F_FLUSH
-            | 1 << raw::VIRTIO_BLK_F_TOPOLOGY;
-        if backend.is_read_only() {
-            features |= 1 << raw::VIRTIO_BLK_F_RO;
-        }
-        let handler = BlockHandler::new(Box::new(backend), id);
-        let counters = Arc::clone(&handler.counters);
-        let config = config(size / SECTOR_SIZE);
+        let read_only = backend.is_read_only();
+        properties.discard &= !read_only;
+        properties.write_zeroes &= !read_only;
+        let config = Config {
+            properties,
+            segments: SEGMENTS,
+            queues,
+        };
+        let source = Source::new(Box::new(backend));
+        let shared = Shared::new(source, read_only, id, config, size, options.cache);
+        let shared = Arc::new(shared);
+        let workers = (0..queues).map(|_| Worker::new(BlockHandler::new(Arc::clone(&shared))));
         Ok(Self {
-            worker: Worker::new(handler),
-            counters,
-            features,
-            config,
+            workers: workers.collect(),
+            features: features(&properties, read_only, queues),
+            queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
+            shared,
         })
+    }
+
+    /// The device as it was when `state` was taken.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn from_state(
+        backend: impl BlockBackend + 'static,
+        options: BlockOptions,
+        state: &BlockState,
+    ) -> Result<Self, BlockError> {
+        let block = Self::new(backend, options)?;
+        block
+            .shared
+            .set_writeback(state.cache == CacheMode::Writeback);
+        Ok(block)
+    }
+
+    /// The state, for [`from_state`](Self::from_state).
+    pub fn state(&self) -> BlockState {
+        BlockState {
+            cache: self.control().cache(),
+        }
+    }
+
+    /// The host's side of the disk.
+    pub fn control(&self) -> BlockControl {
+        BlockControl::new(Arc::clone(&self.shared))
     }
 
     /// What the device has done, to be looked at while it works.
     pub fn counters(&self) -> Arc<BlockCounters> {
-        Arc::clone(&self.counters)
+        Arc::clone(&self.shared.counters)
     }
+}
+
+/// The size of blocks that a driver sees.
+fn block_size(asked: Option<u32>, of: &BlockProperties) -> Result<u32, BlockError> {
+    let least = of.logical_block_size;
+    match asked.unwrap_or(least) {
+        size @ (512 | 4096) if size >= least => Ok(size),
+        asked => Err(BlockError::BlockSize {
+            asked,
+            possible: if least > 512 { "4096" } else { "512 or 4096" },
+        }),
+    }
+}
+
+fn features(properties: &BlockProperties, read_only: bool, queues: u16) -> u64 {
+    let optional = [
+        (raw::VIRTIO_BLK_F_RO, read_only),
+        (raw::VIRTIO_BLK_F_MQ, queues > 1),
+        (raw::VIRTIO_BLK_F_DISCARD, properties.discard),
+        (raw::VIRTIO_BLK_F_WRITE_ZEROES, properties.write_zeroes),
+    ];
+    let always = 1 << raw::VIRTIO_BLK_F_SIZE_MAX
+        | 1 << raw::VIRTIO_BLK_F_SEG_MAX
+        | 1 << raw::VIRTIO_BLK_F_BLK_SIZE
+        | 1 << raw::VIRTIO_BLK_F_FLUSH
+        | 1 << raw::VIRTIO_BLK_F_TOPOLOGY
+        | 1 << raw::VIRTIO_BLK_F_CONFIG_WCE;
+    let offered = optional.into_iter().filter(|(_, is_offered)| *is_offered);
+    offered.fold(always, |bits, (bit, _)| bits | 1 << bit)
 }
 
 fn id_bytes(id: Option<String>, backend: &impl BlockBackend) -> Result<[u8; ID_BYTES], BlockError> {
@@ -116,21 +241,6 @@ fn id_bytes(id: Option<String>, backend: &impl BlockBackend) -> Result<[u8; ID_B
     Ok(padded)
 }
 
-/// The configuration (virtio 1.3, section 5.2.4), in little endian.
-fn config(sectors: u64) -> [u8; CONFIG_BYTES] {
-    let mut config = [0; CONFIG_BYTES];
-    config[0..8].copy_from_slice(&sectors.to_le_bytes());
-    config[8..12].copy_from_slice(&SEGMENT_BYTES.to_le_bytes());
-    config[12..16].copy_from_slice(&SEGMENTS.to_le_bytes());
-    // 16..20 is the geometry, which is not offered.
-    config[20..24].copy_from_slice(&(SECTOR_SIZE as u32).to_le_bytes());
-    // The topology: physical block, alignment offset, and the least and the best request in
-    // blocks.
-    config[24] = PHYSICAL_BLOCK_EXPONENT;
-    config[26..28].copy_from_slice(&(1_u16 << PHYSICAL_BLOCK_EXPONENT).to_le_bytes());
-    config
-}
-
 impl VirtioDevice for Block {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
@@ -141,26 +251,50 @@ impl VirtioDevice for Block {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config_bytes(&self.config, offset, data);
+        read_config_bytes(&self.shared.config(), offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let mut bytes = (offset..).zip(data);
+        if let Some((_, mode)) = bytes.find(|(at, _)| *at == config::WRITEBACK as u64) {
+            self.shared.driver_sets_writeback(*mode != 0);
+        }
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.worker.activate(activation)
+        let interrupt = Arc::clone(&activation.interrupt);
+        let parts = activation.split(self.workers.len(), usize::from);
+        let mut result = Ok(());
+        // Also where one failed: each keeps its queues until it is deactivated.
+        for (worker, part) in self.workers.iter_mut().zip(parts) {
+            if !part.queues.is_empty() {
+                result = result.and(worker.activate(part));
+            }
+        }
+        self.shared.connect(interrupt);
+        result
     }
 
     fn deactivate(&mut self) -> Vec<ActiveQueue> {
-        self.worker.deactivate()
+        self.shared.disconnect();
+        let workers = self.workers.iter_mut();
+        workers.flat_map(Worker::deactivate).collect()
+    }
+
+    fn reset(&mut self) {
+        self.shared.reset();
     }
 }
 
 impl fmt::Debug for Block {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Block")
-            .field("counters", &self.counters)
+            .field("queues", &self.queue_sizes.len())
+            .field("counters", &self.shared.counters)
             .finish_non_exhaustive()
     }
 }

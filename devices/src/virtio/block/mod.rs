@@ -4,8 +4,12 @@
 //! |---|---|
 //! | `backend` | [`BlockBackend`]: what a disk can do |
 //! | `raw` | [`RawFile`]: a file or a block device of the host as a disk |
-//! | `device` | [`Block`]: features and configuration |
-//! | `request` | what the driver asks for, and the answers |
+//! | `device` | [`Block`]: features and queues |
+//! | `config` | the configuration that the driver sees |
+//! | `request` | what the driver asks for |
+//! | `handler` | the work on a queue |
+//! | `shared` | [`BlockControl`], and what the queues have in common |
+//! | `counters` | [`BlockCounters`] |
 //!
 //! # Example
 //!
@@ -60,13 +64,18 @@
 //! ```
 
 mod backend;
+mod config;
+mod counters;
 mod device;
+mod handler;
 mod raw;
 mod request;
+mod shared;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{BlockBackend, SECTOR_SIZE};
-pub use device::{Block, BlockError, BlockOptions};
+pub use backend::{BlockBackend, BlockProperties, SECTOR_SIZE};
+pub use counters::BlockCounters;
+pub use device::{Block, BlockError, BlockOptions, BlockState, CacheMode};
 pub use raw::{RawFile, RawFileError};
-pub use request::BlockCounters;
+pub use shared::BlockControl;

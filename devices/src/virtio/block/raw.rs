@@ -1,16 +1,24 @@
 //! A file or a block device of the host as a disk, byte for byte.
 
+mod direct;
+mod holes;
+mod properties;
+
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use kiln_memory::GuestSlice;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{BlockBackend, SECTOR_SIZE};
+use super::{BlockBackend, BlockProperties, SECTOR_SIZE};
 use crate::virtio::iovec::{read_exact_at, write_all_at};
+use direct::DirectIo;
+use holes::Holes;
 
 /// Why a disk image could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -52,18 +60,38 @@ pub enum RawFileError {
         /// Its size in bytes.
         size: u64,
     },
+    /// It cannot be used past the host's page cache.
+    #[error("use disk image `{path}` without the host's page cache (O_DIRECT)")]
+    Direct {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
 }
 
 /// A raw disk image: a regular file, or a block device of the host.
 ///
 /// It is locked (with `flock`) for as long as it is open: shared where it is opened for reading,
-/// exclusive where it is opened for writing. The file's size never changes.
-#[derive(Debug)]
+/// exclusive where it is opened for writing. The file's size never changes because of the guest.
+///
+/// A clone is the same open file.
+#[derive(Clone, Debug)]
 pub struct RawFile {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
     file: File,
-    size: u64,
+    size: AtomicU64,
     read_only: bool,
     id: String,
+    properties: BlockProperties,
+    holes: Holes,
+    /// Set where the host's page cache is not used.
+    direct: OnceLock<DirectIo>,
 }
 
 impl RawFile {
@@ -103,13 +131,77 @@ impl RawFile {
                 size,
             });
         }
-        let id = format!("{:x}-{:x}", metadata.dev(), metadata.ino());
+        let holes = Holes::probe(&file, &metadata, size, read_only);
         Ok(Self {
-            file,
-            size,
-            read_only,
-            id,
+            inner: Arc::new(Inner {
+                path: path.to_owned(),
+                size: AtomicU64::new(size),
+                read_only,
+                id: format!("{:x}-{:x}", metadata.dev(), metadata.ino()),
+                properties: properties::of(&file, &metadata, &holes),
+                holes,
+                direct: OnceLock::new(),
+                file,
+            }),
         })
+    }
+
+    /// Does without the host's page cache from now on (`O_DIRECT`). What the guest has in memory
+    /// where the host's device cannot reach it is copied.
+    ///
+    /// # Errors
+    ///
+    /// [`RawFileError::Direct`] where the file system does not have that.
+    pub fn set_direct(&self) -> Result<(), RawFileError> {
+        let inner = &self.inner;
+        let direct = DirectIo::start(&inner.file).map_err(|source| RawFileError::Direct {
+            path: inner.path.clone(),
+            source,
+        })?;
+        inner.direct.get_or_init(|| direct);
+        Ok(())
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.inner.file.as_fd()
+    }
+
+    pub(super) fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        match self.inner.direct.get() {
+            Some(direct) if !direct.reaches(buffers) => direct.read(self.fd(), offset, buffers),
+            _ => read_exact_at(self.fd(), buffers, offset),
+        }
+    }
+
+    pub(super) fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        match self.inner.direct.get() {
+            Some(direct) if !direct.reaches(buffers) => direct.write(self.fd(), offset, buffers),
+            _ => write_all_at(self.fd(), buffers, offset),
+        }
+    }
+
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.inner.file.sync_data()
+    }
+
+    pub(super) fn forget(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.holes.discard(self.fd(), offset, len)
+    }
+
+    pub(super) fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.inner.holes.write_zeroes(self.fd(), offset, len, unmap)
+    }
+
+    pub(super) fn look_at_size(&self) -> io::Result<u64> {
+        let size = (&self.inner.file).seek(SeekFrom::End(0))?;
+        let block = u64::from(self.properties().logical_block_size);
+        let size = size - size % block;
+        if size == 0 {
+            let reason = "the disk image has not even one block left";
+            return Err(io::Error::other(reason));
+        }
+        self.inner.size.store(size, Ordering::Release);
+        Ok(size)
     }
 }
 
@@ -151,27 +243,53 @@ fn lock(file: &File, read_only: bool) -> io::Result<()> {
 
 impl BlockBackend for RawFile {
     fn size(&self) -> u64 {
-        self.size
+        self.inner.size.load(Ordering::Acquire)
     }
 
     fn is_read_only(&self) -> bool {
-        self.read_only
+        self.inner.read_only
     }
 
     fn read_at(&mut self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        read_exact_at(self.file.as_fd(), buffers, offset)
+        self.read(offset, buffers)
     }
 
     fn write_at(&mut self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        write_all_at(self.file.as_fd(), buffers, offset)
+        self.write(offset, buffers)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.sync_data()
+        self.sync()
     }
 
     fn default_id(&self) -> String {
-        self.id.clone()
+        self.inner.id.clone()
+    }
+
+    fn properties(&self) -> BlockProperties {
+        let mut properties = self.inner.properties;
+        if let Some(direct) = self.inner.direct.get() {
+            let block = properties.logical_block_size.max(direct.block_size());
+            properties.logical_block_size = block;
+            properties.physical_block_size = properties.physical_block_size.max(block);
+        }
+        properties
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.forget(offset, len)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.zero(offset, len, unmap)
+    }
+
+    fn refresh_size(&mut self) -> io::Result<u64> {
+        self.look_at_size()
+    }
+
+    fn as_raw_file(&self) -> Option<RawFile> {
+        Some(self.clone())
     }
 }
 
