@@ -726,9 +726,9 @@ mod tests {
     #[test]
     fn each_device_can_have_io_threads_of_its_own() {
         let disk: DiskArg = "a,,b,io-threads=device,io-affinity=0-1,,3".parse().unwrap();
-        assert_eq!(disk.path, PathBuf::from("a,b"));
-        assert_eq!(disk.io_threads, Some(IoThreads::Device));
-        assert_eq!(disk.io_affinity.unwrap().to_string(), "0-1,3");
+        assert_eq!(disk.0.path, PathBuf::from("a,b"));
+        assert_eq!(disk.0.io_threads, Some(IoThreads::Device));
+        assert_eq!(disk.0.io_affinity.unwrap().to_string(), "0-1,3");
         let net: NetArg = "tap=t,io-affinity=2,io-threads=queue".parse().unwrap();
         assert_eq!(net.io_threads, Some(IoThreads::Queue));
         assert_eq!(net.io_affinity.unwrap().to_string(), "2");
