@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `backend` | [`NetBackend`]: what a network can do; [`Offloads`] |
 //! | `tap` | [`Tap`]: a tap interface of the host |
+//! | `stream` | [`StreamSocket`]: a program at the other end of a Unix socket |
 //! | `mac` | [`MacAddress`] |
 //! | `features` | what a driver can agree on |
 //! | `device` | [`Net`]: features and configuration |
@@ -55,6 +56,7 @@ mod device;
 mod features;
 mod mac;
 mod receive;
+mod stream;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -63,4 +65,5 @@ mod transmit;
 pub use backend::{NetBackend, Offloads};
 pub use device::{Net, NetCounters, NetError, NetOptions};
 pub use mac::{MacAddress, ParseMacAddressError};
+pub use stream::{StreamError, StreamSocket};
 pub use tap::{Tap, TapError};
