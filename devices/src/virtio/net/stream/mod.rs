@@ -200,7 +200,7 @@ impl StreamSocket {
     }
 
     /// Takes note that the other end has gone, or is of no use any more.
-    fn disconnect(&mut self, why: &str) {
+    pub(super) fn disconnect(&mut self, why: &str) {
         let Some(socket) = self.socket.take() else {
             return;
         };

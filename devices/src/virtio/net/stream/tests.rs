@@ -8,7 +8,7 @@ use kiln_virtio_device::testing::{Buffer, LONG, MockDriver, wait_until};
 
 use super::*;
 use crate::virtio::hostile::Random;
-use crate::virtio::net::{MacAddress, Net, NetCounters, NetOptions};
+use crate::virtio::net::{Net, NetCounters, NetOptions};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -31,11 +31,7 @@ impl Setup {
     }
 
     fn new(backend: impl NetBackend) -> Self {
-        let options = NetOptions {
-            mac: Some(MacAddress::new([2, 0, 0, 0, 0, 1])),
-            ..NetOptions::default()
-        };
-        let mut net = Net::new(backend, options).unwrap();
+        let mut net = Net::new(backend, NetOptions::default()).unwrap();
         let failures = Arc::new(Mutex::new(Vec::new()));
         let told = Arc::clone(&failures);
         net.on_failure(move |reason| told.lock().unwrap().push(reason.to_owned()));
