@@ -10,6 +10,7 @@ const ENTRIES: usize = 512;
 /// The gigabytes that are mapped; each needs a page directory.
 const GIB: usize = 4;
 /// The bytes of all tables: a PML4, a page directory pointer table and the page directories.
+#[cfg(test)]
 pub(crate) const SIZE: usize = (2 + GIB) * PAGE as usize;
 
 /// Bits of an entry (Intel SDM volume 3, section 4.5.4).
@@ -17,19 +18,32 @@ const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
 const LARGE: u64 = 1 << 7;
 
-/// The tables' bytes, for [`PAGE_TABLES_START`].
-pub(crate) fn identity_map() -> Vec<u8> {
+/// The tables, each with its address, from [`PAGE_TABLES_START`] on. One at a time: nobody has to
+/// find memory for all of them.
+pub(crate) fn identity_map() -> impl Iterator<Item = (u64, [u8; PAGE as usize])> {
     let pointers = PAGE_TABLES_START + PAGE;
     let directories = pointers + PAGE;
-    let mut entries = vec![0_u64; SIZE / 8];
-    entries[0] = pointers | PRESENT | WRITABLE;
-    for gib in 0..GIB {
-        entries[ENTRIES + gib] = (directories + gib as u64 * PAGE) | PRESENT | WRITABLE;
+    let address_of = move |gib: usize| directories + gib as u64 * PAGE;
+    let top = table(|index| (index == 0).then_some(pointers | PRESENT | WRITABLE));
+    let gibs = table(|index| (index < GIB).then(|| address_of(index) | PRESENT | WRITABLE));
+    let directory = |gib: usize| {
+        table(move |index| {
+            let page = (gib * ENTRIES + index) as u64;
+            Some(page << 21 | PRESENT | WRITABLE | LARGE)
+        })
+    };
+    [(PAGE_TABLES_START, top), (pointers, gibs)]
+        .into_iter()
+        .chain((0..GIB).map(move |gib| (address_of(gib), directory(gib))))
+}
+
+/// A table with these entries; those that are `None` map nothing.
+fn table(entry: impl Fn(usize) -> Option<u64>) -> [u8; PAGE as usize] {
+    let mut table = [0; PAGE as usize];
+    for (index, bytes) in table.chunks_exact_mut(8).enumerate() {
+        bytes.copy_from_slice(&entry(index).unwrap_or(0).to_le_bytes());
     }
-    for (page, entry) in entries[2 * ENTRIES..].iter_mut().enumerate() {
-        *entry = (page as u64) << 21 | PRESENT | WRITABLE | LARGE;
-    }
-    entries.into_iter().flat_map(u64::to_le_bytes).collect()
+    table
 }
 
 #[cfg(test)]
@@ -52,7 +66,11 @@ mod tests {
 
     #[test]
     fn the_first_4_gib_are_mapped_to_themselves_and_nothing_else_is() {
-        let tables = identity_map();
+        let mut tables = Vec::new();
+        for (address, table) in identity_map() {
+            assert_eq!(address, PAGE_TABLES_START + tables.len() as u64);
+            tables.extend_from_slice(&table);
+        }
         assert_eq!(tables.len(), SIZE);
         for address in (0..4 << 30).step_by(0x10_1000) {
             assert_eq!(walk(&tables, address), Some(address));

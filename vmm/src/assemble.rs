@@ -19,16 +19,19 @@ use kiln_memory::{GuestMemory, MemorySize};
 use kiln_virtio_device::{MmioTransport, PciTransport, VirtioDevice, VirtioTransport};
 
 use crate::events::EventSource;
+use crate::head_start::Source;
 use crate::interrupts::InterruptRoutes;
 use crate::io_threads::{DeviceIo, IoPool, QueueGroups};
 use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::metrics::{CountedDevices, MetricsSource, Work};
 use crate::vcpu::Vcpus;
-use crate::{BuildError, Host, Transport, Vm, VmBuilder, VmEvent, names, pci};
+use crate::{BuildError, Transport, Vm, VmBuilder, VmEvent, names, pci};
 
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
 const MIN_MEMORY: MemorySize = MemorySize::mib(2);
+/// RAM that every processor can address that KVM runs on: they have 36 bits of physical address.
+const ALWAYS_ADDRESSABLE: MemorySize = MemorySize::mib(32 << 10);
 const PAGE_SIZE: u64 = 4096;
 /// The most vCPUs. Those with APIC ids above 254 need interrupts with extended destinations, which
 /// the IOAPIC and KVM can give and which is not tested yet.
@@ -46,7 +49,7 @@ const LEGACY_GSIS: [(u32, &str); 4] = [
     (8, "RTC"),
 ];
 
-pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
+pub(crate) fn assemble(mut builder: VmBuilder) -> Result<Vm, BuildError> {
     let name = builder.name.clone();
     name.as_deref().map_or(Ok(()), names::check)?;
     let span = names::machine_span(name.as_deref());
@@ -70,22 +73,26 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
         builder.io_affinity.clone(),
         Arc::clone(&failure),
     )?;
-    let host = match &builder.host {
-        Some(host) => Arc::clone(host),
-        None => Arc::new(Host::open()?),
-    };
-    let topology = topology(&host, builder.vcpus)?;
-    check_memory(&host, builder.memory)?;
+    let mut source = Source::new(builder.host.as_ref(), builder.head_start.take())?;
+    let topology = topology(source.max_vcpus(), builder.vcpus)?;
+    check_memory(&mut source, builder.memory)?;
 
     let regions = layout::ram_regions(builder.memory.as_bytes());
     let memory = Arc::new(kiln_memory::allocate(&regions, &builder.memory_options)?);
-    let vm = Arc::new(KvmVm::new(&host, Arc::clone(&memory))?);
+    let vm = Arc::new(KvmVm::new(source.create_vm()?, Arc::clone(&memory))?);
     let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
-    let mut wiring = Wiring::new(&host, &vm, &mut io, &topology)?;
+    let mut wiring = Wiring::new(&vm, &mut io, &topology)?;
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
     let thread_name = names::thread(name.as_deref(), "vcpu", 3);
-    let vcpus = Vcpus::create(&host, &vm, &topology, entry, kick_signal, thread_name)?;
+    let vcpus = Vcpus::create(
+        source.host()?,
+        &vm,
+        &topology,
+        entry,
+        kick_signal,
+        thread_name,
+    )?;
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports, events) = (wiring.devices, wiring.transports, wiring.events);
     let (balloon, disks) = (wiring.balloon, wiring.disks);
@@ -112,16 +119,22 @@ pub(crate) fn assemble(builder: VmBuilder) -> Result<Vm, BuildError> {
     })
 }
 
-fn topology(host: &Host, asked: u32) -> Result<Topology, BuildError> {
-    let limit = host.max_vcpus().min(VCPU_LIMIT);
+fn topology(max: u32, asked: u32) -> Result<Topology, BuildError> {
+    let limit = max.min(VCPU_LIMIT);
     if asked == 0 || asked > limit {
         return Err(BuildError::VcpuCount { asked, limit });
     }
     Ok(Topology::new(asked)?)
 }
 
-fn check_memory(host: &Host, asked: MemorySize) -> Result<(), BuildError> {
-    let bits = u32::from(cpuid::physical_address_bits(host.supported_cpuid())).min(52);
+fn check_memory(source: &mut Source, asked: MemorySize) -> Result<(), BuildError> {
+    // The host need not be waited for where its answer does not matter.
+    let plain = MIN_MEMORY..=ALWAYS_ADDRESSABLE;
+    if plain.contains(&asked) && asked.as_bytes().is_multiple_of(PAGE_SIZE) {
+        return Ok(());
+    }
+    let cpuid = source.host()?.supported_cpuid();
+    let bits = u32::from(cpuid::physical_address_bits(cpuid)).min(52);
     let hole = layout::HIGH_RAM_START - layout::MMIO_HOLE_START;
     let max = MemorySize::bytes((1u64 << bits).saturating_sub(hole));
     let whole_pages = asked.as_bytes().is_multiple_of(PAGE_SIZE);
@@ -164,7 +177,6 @@ struct Wiring<'a> {
     counted: CountedDevices,
     balloon: Option<BalloonControl>,
     disks: Vec<BlockControl>,
-    host: &'a Host,
     vm: &'a Arc<KvmVm>,
     routes: Arc<InterruptRoutes>,
     io: &'a mut IoPool,
@@ -173,7 +185,6 @@ struct Wiring<'a> {
 
 impl<'a> Wiring<'a> {
     fn new(
-        host: &'a Host,
         vm: &'a Arc<KvmVm>,
         io: &'a mut IoPool,
         topology: &Topology,
@@ -196,7 +207,6 @@ impl<'a> Wiring<'a> {
             counted: CountedDevices::default(),
             balloon: None,
             disks: Vec::new(),
-            host,
             vm,
             routes: InterruptRoutes::new(Arc::clone(vm)),
             io,
@@ -323,7 +333,7 @@ impl<'a> Wiring<'a> {
         io: IoThreadSet,
     ) -> Result<Arc<dyn VirtioTransport>, BuildError> {
         let count = PciTransport::vectors_for(&*device);
-        let vectors = self.routes.vectors(self.host, name, count)?;
+        let vectors = self.routes.vectors(name, count)?;
         let memory = Arc::clone(self.vm.memory());
         let (transport, mut description) = PciTransport::new(device, memory, io, name, vectors)?;
         description.set_bar_observer(Arc::new(pci::Notifications::new(

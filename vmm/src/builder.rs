@@ -13,8 +13,8 @@ use kiln_vcpu_manager::KickSignal;
 use kiln_virtio_device::VirtioDevice;
 
 use crate::{
-    Balloon, BuildError, CpuList, Decompressor, Disk, Host, IoThreads, Net, Rng, Transport,
-    VirtioConsole, Vm, Vsock, assemble,
+    Balloon, BuildError, CpuList, Decompressor, Disk, HeadStart, Host, IoThreads, Net, Rng,
+    Transport, VirtioConsole, Vm, Vsock, assemble,
 };
 
 /// A device of the embedder's own on a bus.
@@ -33,6 +33,7 @@ pub(crate) struct BusDeviceAt<A> {
 pub struct VmBuilder {
     pub(crate) name: Option<String>,
     pub(crate) host: Option<Arc<Host>>,
+    pub(crate) head_start: Option<HeadStart>,
     pub(crate) vcpus: u32,
     pub(crate) memory: MemorySize,
     pub(crate) memory_options: MemoryOptions,
@@ -62,6 +63,7 @@ impl Default for VmBuilder {
         Self {
             name: None,
             host: None,
+            head_start: None,
             vcpus: 1,
             memory: MemorySize::mib(512),
             memory_options: MemoryOptions::default(),
@@ -105,6 +107,13 @@ impl VmBuilder {
     /// [`build`](Self::build) opens `/dev/kvm`.
     pub fn host(mut self, host: Arc<Host>) -> Self {
         self.host = Some(host);
+        self
+    }
+
+    /// What was begun of the machine before it could be described. It is of no use, and dropped,
+    /// where a [`host`](Self::host) is given.
+    pub fn head_start(mut self, head_start: HeadStart) -> Self {
+        self.head_start = Some(head_start);
         self
     }
 

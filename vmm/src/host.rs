@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use crate::Capabilities;
 
 /// Where KVM's system device is.
-const KVM_PATH: &str = "/dev/kvm";
+pub(crate) const KVM_PATH: &str = "/dev/kvm";
 
 /// What Kiln cannot do without, by the name in the KVM API documentation.
 const REQUIRED: &[(Cap, &str)] = &[
@@ -99,11 +99,67 @@ impl fmt::Display for Execution {
 
 /// This host's KVM, opened and probed once; share it between virtual machines with `Arc`.
 pub struct Host {
-    kvm: Kvm,
+    fd: SystemFd,
     supported_cpuid: CpuId,
     msrs: Vec<u32>,
-    max_vcpus: u32,
     capabilities: OnceLock<Capabilities>,
+}
+
+/// KVM's system fd, of a KVM that has what Kiln needs.
+pub(crate) struct SystemFd(Kvm);
+
+impl SystemFd {
+    /// Opens this KVM device.
+    pub(crate) fn open(path: &Path) -> Result<Self, HostError> {
+        let kvm = open_kvm(path)?;
+        let found = kvm.get_api_version();
+        if found < 0 {
+            // Not a KVM device at all: the ioctl is unknown to it.
+            return Err(HostError::Open {
+                path: path.to_owned(),
+                source: io::Error::from_raw_os_error(libc::ENOTTY),
+            });
+        }
+        if u32::try_from(found) != Ok(KVM_API_VERSION) {
+            return Err(HostError::ApiVersion { found });
+        }
+        if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(HostError::MissingCapability { name });
+        }
+        Ok(Self(kvm))
+    }
+
+    /// Asks for all else that building a virtual machine needs.
+    pub(crate) fn into_host(self) -> Result<Host, HostError> {
+        let supported_cpuid = self
+            .0
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(request("KVM_GET_SUPPORTED_CPUID"))?;
+        let msrs = self
+            .0
+            .get_msr_index_list()
+            .map_err(request("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(Host {
+            supported_cpuid,
+            msrs: msrs.as_slice().to_vec(),
+            capabilities: OnceLock::new(),
+            fd: self,
+        })
+    }
+
+    pub(crate) fn max_vcpus(&self) -> u32 {
+        u32::try_from(self.0.get_max_vcpus()).unwrap_or(u32::MAX)
+    }
+
+    pub(crate) fn create_vm(&self) -> Result<VmFd, HostError> {
+        loop {
+            match self.0.create_vm() {
+                // A signal interrupted the allocation; it is ours to try again.
+                Err(error) if error.errno() == libc::EINTR => (),
+                result => return result.map_err(request("KVM_CREATE_VM")),
+            }
+        }
+    }
 }
 
 impl Host {
@@ -122,39 +178,12 @@ impl Host {
     ///
     /// As for [`open`](Self::open).
     pub fn open_at(path: &Path) -> Result<Self, HostError> {
-        let kvm = open_kvm(path)?;
-        let found = kvm.get_api_version();
-        if found < 0 {
-            // Not a KVM device at all: the ioctl is unknown to it.
-            return Err(HostError::Open {
-                path: path.to_owned(),
-                source: io::Error::from_raw_os_error(libc::ENOTTY),
-            });
-        }
-        if u32::try_from(found) != Ok(KVM_API_VERSION) {
-            return Err(HostError::ApiVersion { found });
-        }
-        if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-            return Err(HostError::MissingCapability { name });
-        }
-        let supported_cpuid = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(request("KVM_GET_SUPPORTED_CPUID"))?;
-        let msrs = kvm
-            .get_msr_index_list()
-            .map_err(request("KVM_GET_MSR_INDEX_LIST"))?;
-        Ok(Self {
-            supported_cpuid,
-            msrs: msrs.as_slice().to_vec(),
-            max_vcpus: u32::try_from(kvm.get_max_vcpus()).unwrap_or(u32::MAX),
-            capabilities: OnceLock::new(),
-            kvm,
-        })
+        SystemFd::open(path)?.into_host()
     }
 
     /// The largest number of vCPUs that KVM gives one virtual machine here.
     pub fn max_vcpus(&self) -> u32 {
-        self.max_vcpus
+        self.fd.max_vcpus()
     }
 
     /// What KVM here says it can do, by name; asked the first time that somebody wants to know.
@@ -169,7 +198,7 @@ impl Host {
     /// ```
     pub fn capabilities(&self) -> &Capabilities {
         self.capabilities.get_or_init(|| {
-            Capabilities::probe(|number| self.kvm.check_extension_raw(number.into()))
+            Capabilities::probe(|number| self.fd.0.check_extension_raw(number.into()))
         })
     }
 
@@ -183,20 +212,8 @@ impl Host {
         &self.msrs
     }
 
-    /// How many interrupts KVM can route in one virtual machine, asked when a machine needs to know.
-    pub(crate) fn interrupt_routes(&self) -> usize {
-        let routes = self.kvm.check_extension_int(Cap::IrqRouting);
-        usize::try_from(routes).unwrap_or(0)
-    }
-
     pub(crate) fn create_vm(&self) -> Result<VmFd, HostError> {
-        loop {
-            match self.kvm.create_vm() {
-                // A signal interrupted the allocation; it is ours to try again.
-                Err(error) if error.errno() == libc::EINTR => (),
-                result => return result.map_err(request("KVM_CREATE_VM")),
-            }
-        }
+        self.fd.create_vm()
     }
 
     /// Finds out how guest code is executed, by running a guest of two instructions: one that every
@@ -268,7 +285,7 @@ impl Host {
 impl fmt::Debug for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Host")
-            .field("max_vcpus", &self.max_vcpus)
+            .field("max_vcpus", &self.max_vcpus())
             .finish_non_exhaustive()
     }
 }

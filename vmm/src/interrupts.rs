@@ -14,8 +14,8 @@ use kiln_pci::MsixSink;
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_msi};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::BuildError;
 use crate::kvm::{KvmVm, event_fd};
-use crate::{BuildError, Host};
 
 /// The first global system interrupt that is an MSI-X vector; those below are the IOAPIC's pins.
 const FIRST_VECTOR_GSI: u32 = layout::IOAPIC_PINS;
@@ -54,11 +54,10 @@ impl InterruptRoutes {
     /// So many MSI-X vectors more, for the device of this name.
     pub(crate) fn vectors(
         self: &Arc<Self>,
-        host: &Host,
         name: &str,
         count: u16,
     ) -> Result<Arc<MsixVectors>, BuildError> {
-        let limit = host.interrupt_routes();
+        let limit = self.vm.interrupt_routes();
         let mut table = self.lock();
         let used = FIRST_VECTOR_GSI as usize + table.vectors.len();
         let after = used + usize::from(count);

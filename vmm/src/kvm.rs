@@ -6,11 +6,11 @@ use std::sync::Arc;
 use kiln_arch::layout;
 use kiln_memory::{GuestMemory, MemorySize};
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::{BuildError, Host};
+use crate::BuildError;
 
 /// A KVM virtual machine and the memory it maps, which has to outlive it.
 pub(crate) struct KvmVm {
@@ -20,12 +20,11 @@ pub(crate) struct KvmVm {
 }
 
 impl KvmVm {
-    /// Creates the virtual machine with its RAM and a split irqchip.
+    /// Gives a new virtual machine its RAM and a split irqchip.
     ///
     /// The order matters: a memory slot that is set after the irqchip waits milliseconds for a
     /// grace period of the kernel.
-    pub(crate) fn new(host: &Host, memory: Arc<GuestMemory>) -> Result<Self, BuildError> {
-        let fd = host.create_vm()?;
+    pub(crate) fn new(fd: VmFd, memory: Arc<GuestMemory>) -> Result<Self, BuildError> {
         let vm = Self { fd, memory };
         vm.set_memory_slots()?;
         vm.fd
@@ -73,6 +72,12 @@ impl KvmVm {
             })?;
         }
         Ok(())
+    }
+
+    /// How many interrupts KVM can route in the machine.
+    pub(crate) fn interrupt_routes(&self) -> usize {
+        let routes = self.fd.check_extension_int(Cap::IrqRouting);
+        usize::try_from(routes).unwrap_or(0)
     }
 
     /// The VM fd.

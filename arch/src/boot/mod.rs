@@ -15,7 +15,7 @@ use memory_map::{MemoryMapEntry, memory_map};
 
 use crate::gdt::{self, Mode};
 use crate::kernel::{BootProtocol, Kernel};
-use crate::layout::{CMDLINE_START, GDT_START, PAGE_TABLES_START, RESET_VECTOR_START};
+use crate::layout::{CMDLINE_START, GDT_START, RESET_VECTOR_START};
 use crate::{Error, paging, regs};
 
 /// How the boot vCPU starts a kernel that [`prepare`] left in memory.
@@ -102,12 +102,9 @@ pub fn prepare(
     match kernel.protocol() {
         BootProtocol::Linux64 => {
             linux64::write_parameters(memory, kernel, &parameters)?;
-            write(
-                memory,
-                "the page tables",
-                PAGE_TABLES_START,
-                &paging::identity_map(),
-            )?;
+            for (address, table) in paging::identity_map() {
+                write(memory, "the page tables", address, &table)?;
+            }
             write(
                 memory,
                 "the descriptor table",

@@ -28,8 +28,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use tracing_subscriber::EnvFilter;
 
 use args::{Cli, Command};
+use kiln_vmm::HeadStart;
 
 /// The virtual machine could not be built or run, or this host cannot run guests.
 const FAILED: u8 = 1;
@@ -38,13 +40,16 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     memory::share_one_heap();
+    // KVM makes a machine while we find out which one is wanted.
+    let is_run = std::env::args_os().nth(1).is_some_and(|word| word == "run");
+    let head_start = is_run.then(|| HeadStart::begin().ok()).flatten();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),
     };
     log_to_stderr();
     let result = match cli.command {
-        Command::Run(args) => run::run(*args),
+        Command::Run(args) => run::run(*args, head_start),
         Command::Check => check::check(),
     };
     result.unwrap_or_else(|error| {
@@ -80,15 +85,19 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn log_to_stderr() {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::builder()
-        .with_default_directive(tracing::Level::WARN.into())
-        .with_env_var("KILN_LOG")
-        .from_env_lossy();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    const VARIABLE: &str = "KILN_LOG";
+    let log = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
         .with_writer(std::io::stderr)
         .with_target(false)
-        .without_time()
-        .init();
+        .without_time();
+    if std::env::var_os(VARIABLE).is_none() {
+        log.init();
+        return;
+    }
+    let filter = EnvFilter::builder()
+        .with_default_directive(tracing::Level::WARN.into())
+        .with_env_var(VARIABLE)
+        .from_env_lossy();
+    log.with_env_filter(filter).init();
 }

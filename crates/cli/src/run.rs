@@ -7,8 +7,8 @@ use std::thread;
 use anyhow::{Context, Error};
 use kiln_vmm::config::{SerialConfig, VmConfig};
 use kiln_vmm::{
-    Console, ConsoleInput, ConsoleOutput, ConsoleSize, CrashCause, Execution, Host, KernelCache,
-    VmBuilder, VmExit, VmHandle,
+    Console, ConsoleInput, ConsoleOutput, ConsoleSize, CrashCause, Execution, HeadStart, Host,
+    KernelCache, VmBuilder, VmExit, VmHandle,
 };
 
 use crate::args::Run;
@@ -17,7 +17,7 @@ use crate::metrics::{Follower, MetricsFile};
 use crate::supervise::Signals;
 use crate::terminal::{self, Escape, RawMode};
 
-pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
+pub(crate) fn run(args: Run, head_start: Option<HeadStart>) -> Result<ExitCode, Error> {
     // A bad description is refused before the terminal or a signal is touched.
     let metrics = MetricsFile::from_args(&args.metrics)?;
     let kernel_cache = kernel_cache(args.no_kernel_cache);
@@ -25,6 +25,9 @@ pub(crate) fn run(args: Run) -> Result<ExitCode, Error> {
     let (mut builder, interactive) = builder(config)?;
     if let Some(cache) = kernel_cache {
         builder = builder.kernel_cache(cache);
+    }
+    if let Some(head_start) = head_start {
+        builder = builder.head_start(head_start);
     }
     let vm = builder.build()?;
     let (keyboard, size) = match interactive {

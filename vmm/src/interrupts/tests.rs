@@ -3,14 +3,14 @@ use kiln_memory::{MemoryOptions, allocate};
 use super::*;
 
 /// Vectors of a virtual machine without vCPUs; none where there is no KVM.
-fn routes() -> Option<(Host, Arc<InterruptRoutes>)> {
-    let host = Host::open()
+fn routes() -> Option<Arc<InterruptRoutes>> {
+    let host = crate::Host::open()
         .map_err(|error| eprintln!("skipped: {error}"))
         .ok()?;
     let regions = layout::ram_regions(2 << 20);
     let memory = Arc::new(allocate(&regions, &MemoryOptions::default()).unwrap());
-    let vm = Arc::new(KvmVm::new(&host, memory).unwrap());
-    Some((host, InterruptRoutes::new(vm)))
+    let vm = Arc::new(KvmVm::new(host.create_vm().unwrap(), memory).unwrap());
+    Some(InterruptRoutes::new(vm))
 }
 
 const fn message(data: u32) -> MsiMessage {
@@ -28,10 +28,10 @@ fn is_taken(vectors: &MsixVectors, vector: u16) -> bool {
 
 #[test]
 fn only_an_open_vector_is_taken_by_kvm_and_nothing_is_lost_meanwhile() {
-    let Some((host, routes)) = routes() else {
+    let Some(routes) = routes() else {
         return;
     };
-    let vectors = routes.vectors(&host, "device", 2).unwrap();
+    let vectors = routes.vectors("device", 2).unwrap();
     assert!(!is_taken(&vectors, 0), "closed");
     vectors.connect(0, message(0x40));
     assert!(is_taken(&vectors, 0));
@@ -55,10 +55,10 @@ fn only_an_open_vector_is_taken_by_kvm_and_nothing_is_lost_meanwhile() {
 
 #[test]
 fn a_message_can_be_any_nonsense() {
-    let Some((host, routes)) = routes() else {
+    let Some(routes) = routes() else {
         return;
     };
-    let vectors = routes.vectors(&host, "device", 2).unwrap();
+    let vectors = routes.vectors("device", 2).unwrap();
     for (address, data) in [(u64::MAX, u32::MAX), (0, 0), (0x1234_5678_0000, 7 << 8)] {
         vectors.connect(0, MsiMessage { address, data });
         vectors.signal(0, MsiMessage { address, data });
@@ -71,7 +71,7 @@ fn a_message_can_be_any_nonsense() {
 
 #[test]
 fn pins_and_vectors_share_one_table() {
-    let Some((host, routes)) = routes() else {
+    let Some(routes) = routes() else {
         return;
     };
     let line = routes.vm.interrupt_line(5).unwrap();
@@ -79,7 +79,7 @@ fn pins_and_vectors_share_one_table() {
         gsi: 5,
         message: message(0x30),
     }];
-    let vectors = routes.vectors(&host, "device", 1).unwrap();
+    let vectors = routes.vectors("device", 1).unwrap();
     vectors.connect(0, message(0x40));
     routes.set_routes(&pins);
     assert_eq!(routes.lock().vectors, [Some(message(0x40))]);
@@ -96,15 +96,15 @@ fn pins_and_vectors_share_one_table() {
 
 #[test]
 fn more_vectors_than_kvm_has_routes_are_refused() {
-    let Some((host, routes)) = routes() else {
+    let Some(routes) = routes() else {
         return;
     };
-    let limit = host.interrupt_routes();
+    let limit = routes.vm.interrupt_routes();
     let rest = u16::try_from(limit - 24).unwrap();
-    let first = routes.vectors(&host, "first", 3).unwrap();
-    let second = routes.vectors(&host, "second", 2).unwrap();
+    let first = routes.vectors("first", 3).unwrap();
+    let second = routes.vectors("second", 2).unwrap();
     assert_eq!((first.first, second.first), (24, 27));
-    let error = routes.vectors(&host, "large", rest).err().unwrap();
+    let error = routes.vectors("large", rest).err().unwrap();
     assert_eq!(
         error.to_string(),
         format!(
