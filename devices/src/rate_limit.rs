@@ -6,6 +6,18 @@
 //! lost to rounding: what is taken in any time is at most the burst and what the rate gives in
 //! that time.
 //!
+//! A device has such limits in each direction ([`RateLimits`]), which all its queues share. A
+//! request goes on when there are as many tokens as it needs, or as many as there ever are: then
+//! what it takes too much is a debt, which is paid before anything else goes on. Those that wait are
+//! served in the order in which they came. So in any time there is no more done than the burst and
+//! what comes in that time, and one request that is larger than the burst.
+//!
+//! | module | what lives there |
+//! |---|---|
+//! | `rate_limit` | [`RateLimits`], [`RateLimit`], [`TokenBucket`], the timer |
+//! | `line` | who may go on, and who has to wait |
+//! | `limiter` | a limit that queues share, and a queue's side of it |
+//!
 //! # Example
 //!
 //! ```
@@ -25,10 +37,18 @@
 
 use std::io;
 use std::num::NonZeroU64;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
-use vmm_sys_util::timerfd::TimerFd;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+mod limiter;
+mod line;
+
+pub(crate) use limiter::{RateLimiter, Throttle};
 
 /// The parts that a token is counted in, so that a nanosecond of any rate is a whole number of
 /// them.
@@ -57,6 +77,22 @@ impl RateLimit {
     pub const fn with_burst(mut self, tokens: NonZeroU64) -> Self {
         self.burst = tokens;
         self
+    }
+}
+
+/// How much a device may do in one direction, or in both together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RateLimits {
+    /// The bytes.
+    pub bandwidth: Option<RateLimit>,
+    /// The operations, whatever their size: requests of a disk, packets of a network.
+    pub ops: Option<RateLimit>,
+}
+
+impl RateLimits {
+    /// Whether nothing is limited.
+    pub fn is_empty(&self) -> bool {
+        self.bandwidth.is_none() && self.ops.is_none()
     }
 }
 
@@ -105,13 +141,27 @@ impl TokenBucket {
     ///
     /// The time after which it will be possible, if nobody else takes any. Nothing is taken now.
     pub fn take(&mut self, count: u64, now: Instant) -> Result<(), Duration> {
-        self.fill(now);
-        let missing = parts(count.min(self.limit.burst.get())) - self.level;
-        if missing > 0 {
-            return Err(self.time_for(missing));
+        match self.time_for(count, now) {
+            Duration::ZERO => {
+                self.charge(count, now);
+                Ok(())
+            }
+            time => Err(time),
         }
-        self.level -= parts(count);
-        Ok(())
+    }
+
+    /// The time after which `count` tokens [can be taken](Self::take), if nobody takes any.
+    pub fn time_for(&mut self, count: u64, now: Instant) -> Duration {
+        self.fill(now);
+        let missing = parts(count.min(self.limit.burst.get())).saturating_sub(self.level);
+        self.time_to_come(missing.max(0))
+    }
+
+    /// Takes `count` tokens, also where there are not as many: later takes then wait until what was
+    /// taken too much has come.
+    pub fn charge(&mut self, count: u64, now: Instant) {
+        self.fill(now);
+        self.level = self.level.saturating_sub(parts(count));
     }
 
     /// Adds what has come since the last time. A clock that goes back brings nothing.
@@ -126,9 +176,9 @@ impl TokenBucket {
 
     /// How long it takes for so many parts to come: at least so long, and less than a nanosecond
     /// longer.
-    fn time_for(&self, parts: i128) -> Duration {
+    fn time_to_come(&self, parts: i128) -> Duration {
         let rate = i128::from(self.limit.per_second.get());
-        let nanos = (parts + rate - 1) / rate;
+        let nanos = parts.saturating_add(rate - 1) / rate;
         // A debt can be one of centuries, which no timer takes.
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
@@ -138,27 +188,36 @@ fn parts(tokens: u64) -> i128 {
     i128::from(tokens) * PARTS
 }
 
-/// Wakes a handler on an I/O thread when it may go on.
-pub(crate) struct Timer(TimerFd);
+/// Wakes a handler on an I/O thread when it may go on. Anybody may set it, on any thread.
+pub(crate) struct Timer(OwnedFd);
 
 impl Timer {
     /// The longest time that is set at once, so that no time is too long for the system.
     const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self(TimerFd::new().map_err(to_io)?))
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        Ok(Self(timerfd_create(TimerfdClockId::Monotonic, flags)?))
     }
 
     /// Is ready after this time, or after a day.
-    pub(crate) fn set(&mut self, after: Duration) -> io::Result<()> {
+    pub(crate) fn set(&self, after: Duration) -> io::Result<()> {
         // A time of zero would be none.
-        let after = after.clamp(Duration::from_nanos(1), Self::LONGEST);
-        self.0.reset(after, None).map_err(to_io)
+        self.set_time(after.clamp(Duration::from_nanos(1), Self::LONGEST))
     }
 
-    /// Is not ready any more. This does not wait, as reading would if it was set again meanwhile.
-    pub(crate) fn clear(&mut self) -> io::Result<()> {
-        self.0.clear().map_err(to_io)
+    /// Is not ready any more.
+    pub(crate) fn clear(&self) -> io::Result<()> {
+        self.set_time(Duration::ZERO)
+    }
+
+    fn set_time(&self, after: Duration) -> io::Result<()> {
+        let time = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: after.try_into().map_err(io::Error::other)?,
+        };
+        timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &time)?;
+        Ok(())
     }
 }
 
@@ -166,10 +225,6 @@ impl AsRawFd for Timer {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
-}
-
-fn to_io(error: vmm_sys_util::errno::Error) -> io::Error {
-    io::Error::from_raw_os_error(error.errno())
 }
 
 #[cfg(test)]
@@ -291,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_timer_is_ready_once_and_not_after_it_was_cleared() {
-        let mut timer = Timer::new().unwrap();
+        let timer = Timer::new().unwrap();
         let epoll = Epoll::new().unwrap();
         let event = EpollEvent::new(EventSet::IN, 0);
         epoll

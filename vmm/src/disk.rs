@@ -3,7 +3,9 @@
 use std::fmt;
 use std::path::Path;
 
-use kiln_devices::virtio::block::{Block, BlockBackend, BlockOptions, CacheMode, RawFile};
+use kiln_devices::virtio::block::{
+    Block, BlockBackend, BlockOptions, BlockRateLimits, CacheMode, RawFile,
+};
 
 use crate::io_threads::DeviceIo;
 use crate::{BuildError, CpuList, IoThreads, Transport};
@@ -77,6 +79,28 @@ impl Disk {
     /// is behind the disk, which is also the least; for a file it is 512.
     pub fn logical_block_size(mut self, bytes: u32) -> Self {
         self.options.logical_block_size = Some(bytes);
+        self
+    }
+
+    /// How much the guest may ask of it in a time: by default any amount. The limits of a running
+    /// machine are changed by [`VmHandle::disk`](crate::VmHandle::disk).
+    ///
+    /// ```
+    /// use kiln_vmm::{BlockRateLimits, RateLimit, RateLimits};
+    /// use std::num::NonZeroU64;
+    ///
+    /// let per_second = |count| NonZeroU64::new(count).map(RateLimit::per_second);
+    /// let limits = BlockRateLimits {
+    ///     total: RateLimits {
+    ///         bandwidth: per_second(10 << 20),
+    ///         ops: per_second(1000),
+    ///     },
+    ///     ..BlockRateLimits::default()
+    /// };
+    /// # let disk = |disk: kiln_vmm::Disk| disk.rate_limits(limits);
+    /// ```
+    pub fn rate_limits(mut self, limits: BlockRateLimits) -> Self {
+        self.options.rate_limits = limits;
         self
     }
 

@@ -128,13 +128,13 @@ pub use io_threads::{IoThreads, UnknownIoThreads};
 pub use kiln_arch::{BootProtocol, Kernel};
 pub use kiln_device_api::{BusDevice, BusDeviceMut, ExitRequest};
 pub use kiln_devices::console::{Captured, Console, ConsoleInput, ConsoleOutput};
-pub use kiln_devices::rate_limit::RateLimit;
+pub use kiln_devices::rate_limit::{RateLimit, RateLimits};
 pub use kiln_devices::virtio::balloon::{
     BalloonControl, BalloonCounters, BalloonError, BalloonStatistics,
 };
 pub use kiln_devices::virtio::block::{
-    BlockBackend, BlockControl, BlockCounters, BlockError, BlockProperties, CacheMode, RawFile,
-    RawFileError,
+    BlockBackend, BlockControl, BlockCounters, BlockError, BlockProperties, BlockRateLimits,
+    CacheMode, RawFile, RawFileError,
 };
 pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
 pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};

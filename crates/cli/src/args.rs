@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kiln_vmm::config::{BalloonConfig, DiskConfig};
+use kiln_vmm::config::{BalloonConfig, DiskConfig, RateLimitConfig};
 use kiln_vmm::{CpuList, Decompressor, IoThreads, MacAddress, MemorySize, Transport};
 
 /// Boot Linux in a KVM virtual machine.
@@ -93,11 +93,14 @@ pub(crate) struct Run {
     /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: a raw image file or a block
     /// device. It has a queue for each vCPU, up to 16, unless `queues` says how many; writes last
     /// when the guest flushes them, or each at once (`cache=writethrough`); `direct` does without
-    /// the host's page cache. A comma in the path is written twice
+    /// the host's page cache. `bandwidth` and `iops` limit what it does in a second, and at once
+    /// after a rest (BURST; as much as in a second by default), with `read-` or `write-` before them
+    /// in one direction; BYTES can have K, M, G or T. A comma in the path is written twice
     #[arg(
         long,
         value_name = "PATH[,readonly][,id=ID][,queues=N][,cache=writeback|writethrough][,direct]\
-                      [,logical-block-size=512|4096][,transport=pci|mmio]\
+                      [,logical-block-size=512|4096][,bandwidth=BYTES[:BURST]][,iops=N[:BURST]]\
+                      [,transport=pci|mmio]\
                       [,io-threads=shared|device|queue][,io-affinity=CPUS]"
     )]
     pub(crate) disk: Vec<DiskArg>,
@@ -252,6 +255,16 @@ impl std::str::FromStr for DiskArg {
                     disk.logical_block_size = Some(parse(size)?);
                 }
                 Some(("transport", name)) => disk.transport = Some(transport(name)?),
+                Some(("bandwidth", rate)) => disk.rate_limit.bandwidth = Some(bandwidth(rate)?),
+                Some(("iops", rate)) => disk.rate_limit.ops = Some(operations(rate)?),
+                Some(("read-bandwidth", rate)) => {
+                    disk.read_rate_limit.bandwidth = Some(bandwidth(rate)?);
+                }
+                Some(("read-iops", rate)) => disk.read_rate_limit.ops = Some(operations(rate)?),
+                Some(("write-bandwidth", rate)) => {
+                    disk.write_rate_limit.bandwidth = Some(bandwidth(rate)?);
+                }
+                Some(("write-iops", rate)) => disk.write_rate_limit.ops = Some(operations(rate)?),
                 Some(("io-threads", word)) => disk.io_threads = Some(parse(word)?),
                 Some(("io-affinity", cpus)) => disk.io_affinity = Some(cpu_list(cpus)?),
                 _ => {
@@ -259,6 +272,7 @@ impl std::str::FromStr for DiskArg {
                         "unknown disk option `{option}`: there are `readonly`, `id=ID`, \
                          `queues=N`, `cache=writeback|writethrough`, `direct`, \
                          `logical-block-size=512|4096`, `transport=pci|mmio`, \
+                         `[read-|write-]bandwidth=BYTES[:BURST]`, `[read-|write-]iops=N[:BURST]`, \
                          `io-threads=shared|device|queue` and `io-affinity=CPUS`"
                     ));
                 }
@@ -271,6 +285,40 @@ impl std::str::FromStr for DiskArg {
 /// Reads a value by its own words.
 fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, String> {
     text.parse().map_err(|e| format!("`{text}`: {e}"))
+}
+
+/// A limit: how much in a second, and at once.
+fn rate(text: &str, amount: fn(&str) -> Option<u64>) -> Option<RateLimitConfig> {
+    let (per_second, burst) = match text.split_once(':') {
+        None => (text, None),
+        Some((per_second, burst)) => (per_second, Some(burst)),
+    };
+    let amount = |text| amount(text).and_then(NonZeroU64::new);
+    Some(RateLimitConfig {
+        per_second: amount(per_second)?,
+        burst: match burst {
+            None => None,
+            Some(burst) => Some(amount(burst)?),
+        },
+    })
+}
+
+/// A limit in bytes: a number of them, or one with K, M, G or T.
+fn bandwidth(text: &str) -> Result<RateLimitConfig, String> {
+    let bytes = |text: &str| match text.parse() {
+        Ok(bytes) => Some(bytes),
+        // Without a suffix, it would be so many MiB.
+        Err(_) if text.ends_with(|last: char| last.is_ascii_digit()) => None,
+        Err(_) => text.parse().ok().map(MemorySize::as_bytes),
+    };
+    rate(text, bytes)
+        .ok_or_else(|| format!("`{text}`: say how many bytes in a second, such as 10M or 10M:40M"))
+}
+
+/// A limit in operations.
+fn operations(text: &str) -> Result<RateLimitConfig, String> {
+    rate(text, |text| text.parse().ok())
+        .ok_or_else(|| format!("`{text}`: say how many in a second, such as 1000 or 1000:5000"))
 }
 
 fn cpu_list(text: &str) -> Result<CpuList, String> {
@@ -739,6 +787,35 @@ mod tests {
         ] {
             let error = text.parse::<DiskArg>().unwrap_err();
             assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn limits_are_so_much_in_a_second_and_at_once() {
+        let limit = |per_second, burst| {
+            let per_second = NonZeroU64::new(per_second).unwrap();
+            let burst = NonZeroU64::new(burst);
+            Some(RateLimitConfig { per_second, burst })
+        };
+        let disk = disk_config("a,bandwidth=10M:40MiB,iops=1000");
+        assert_eq!(disk.rate_limit.bandwidth, limit(10 << 20, 40 << 20));
+        assert_eq!(disk.rate_limit.ops, limit(1000, 0));
+        let disk = disk_config("a,read-bandwidth=4096,read-iops=5:6,write-iops=7");
+        assert_eq!(disk.read_rate_limit.bandwidth, limit(4096, 0));
+        assert_eq!(disk.read_rate_limit.ops, limit(5, 6));
+        assert_eq!(disk.write_rate_limit.ops, limit(7, 0));
+        for text in [
+            "bandwidth=0",
+            "bandwidth=x",
+            "bandwidth=1M:",
+            "bandwidth=",
+            "bandwidth=-1",
+            "iops=1K",
+            "iops=1:0",
+            "read-bandwidth=99999999999999999999",
+        ] {
+            let error = format!("a,{text}").parse::<DiskArg>().unwrap_err();
+            assert!(error.contains("in a second, such as"), "{error}");
         }
     }
 

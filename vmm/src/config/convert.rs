@@ -1,10 +1,13 @@
 //! From a description to a builder.
 
 use super::{
-    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, VmConfig, VsockConfig,
-    console,
+    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RateLimitsConfig, RngConfig, VmConfig,
+    VsockConfig, console,
 };
-use crate::{Balloon, BuildError, Disk, Kernel, Net, RateLimit, Rng, VmBuilder, Vsock};
+use crate::{
+    Balloon, BlockRateLimits, BuildError, Disk, Kernel, Net, RateLimit, RateLimits, Rng, VmBuilder,
+    Vsock,
+};
 
 impl VmConfig {
     /// Opens what the description names, and gives a builder of that machine, to which devices of
@@ -73,7 +76,13 @@ impl DiskConfig {
         } else {
             Disk::open(&self.path)?
         };
-        let mut disk = disk.cache(self.cache).direct(self.direct);
+        let limits = BlockRateLimits {
+            total: self.rate_limit.into(),
+            read: self.read_rate_limit.into(),
+            write: self.write_rate_limit.into(),
+        };
+        let disk = disk.cache(self.cache).direct(self.direct);
+        let mut disk = disk.rate_limits(limits);
         if let Some(id) = self.id {
             disk = disk.id(id);
         }
@@ -145,6 +154,15 @@ impl From<RateLimitConfig> for RateLimit {
     fn from(config: RateLimitConfig) -> Self {
         let limit = Self::per_second(config.per_second);
         limit.with_burst(config.burst.unwrap_or(config.per_second))
+    }
+}
+
+impl From<RateLimitsConfig> for RateLimits {
+    fn from(config: RateLimitsConfig) -> Self {
+        Self {
+            bandwidth: config.bandwidth.map(RateLimit::from),
+            ops: config.ops.map(RateLimit::from),
+        }
     }
 }
 

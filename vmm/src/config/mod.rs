@@ -273,6 +273,27 @@ pub struct DiskConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(schema_with = "schema::cpu_list"))]
     pub io_affinity: Option<CpuList>,
+    /// How much its reads and writes together may be in a time. Not given, it is any amount.
+    #[serde(
+        default,
+        deserialize_with = "table::one",
+        skip_serializing_if = "RateLimitsConfig::is_empty"
+    )]
+    pub rate_limit: RateLimitsConfig,
+    /// The same for reads by themselves, in place of both together.
+    #[serde(
+        default,
+        deserialize_with = "table::one",
+        skip_serializing_if = "RateLimitsConfig::is_empty"
+    )]
+    pub read_rate_limit: RateLimitsConfig,
+    /// The same for writes, and for all other requests.
+    #[serde(
+        default,
+        deserialize_with = "table::one",
+        skip_serializing_if = "RateLimitsConfig::is_empty"
+    )]
+    pub write_rate_limit: RateLimitsConfig,
 }
 
 /// A network interface on a tap interface of the host.
@@ -331,6 +352,34 @@ pub struct RngConfig {
     /// How the guest reaches it. Not given, it is as for the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,
+}
+
+/// How much a device may do in a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct RateLimitsConfig {
+    /// The bytes. Not given, it is any number.
+    #[serde(
+        default,
+        deserialize_with = "table::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub bandwidth: Option<RateLimitConfig>,
+    /// The operations: requests of a disk, packets of a network. Not given, it is any number.
+    #[serde(
+        default,
+        deserialize_with = "table::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub ops: Option<RateLimitConfig>,
+}
+
+impl RateLimitsConfig {
+    /// Whether nothing is limited.
+    pub fn is_empty(&self) -> bool {
+        self.bandwidth.is_none() && self.ops.is_none()
+    }
 }
 
 /// How much of something there can be in a time.

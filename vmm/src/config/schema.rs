@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::error::explain;
 use super::{
-    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RateLimitsConfig, RngConfig,
+    SerialConfig, VmConfig, VsockConfig,
 };
 use super::{ConsolePortConfig, VirtioConsoleConfig};
 use crate::{IoThreads, MemoryOptions, MemorySize, Transport};
@@ -150,6 +150,14 @@ fn the_schema_knows_the_keys_and_values_of_memory_options() {
 
 #[test]
 fn the_schema_has_every_key_that_is_written() {
+    let limit = RateLimitConfig {
+        per_second: NonZeroU64::MIN,
+        burst: Some(NonZeroU64::MIN),
+    };
+    let limits = RateLimitsConfig {
+        bandwidth: Some(limit),
+        ops: Some(limit),
+    };
     let full = VmConfig {
         name: Some("n".into()),
         kernel: Some("k".into()),
@@ -168,6 +176,9 @@ fn the_schema_has_every_key_that_is_written() {
             transport: Some(Transport::Mmio),
             io_threads: Some(IoThreads::Device),
             io_affinity: Some("0".parse().unwrap()),
+            rate_limit: limits,
+            read_rate_limit: limits,
+            write_rate_limit: limits,
             ..DiskConfig::default()
         }],
         nets: vec![NetConfig {
@@ -187,10 +198,7 @@ fn the_schema_has_every_key_that_is_written() {
             transport: Some(Transport::Mmio),
         }),
         rng: Some(RngConfig {
-            rate_limit: Some(RateLimitConfig {
-                per_second: NonZeroU64::MIN,
-                burst: Some(NonZeroU64::MIN),
-            }),
+            rate_limit: Some(limit),
             transport: Some(Transport::Mmio),
         }),
         ..VmConfig::default()
@@ -206,6 +214,7 @@ fn the_schema_has_every_key_that_is_written() {
         ("ConsolePortConfig", &value["console"]["ports"][0]),
         ("RngConfig", &value["rng"]),
         ("BalloonConfig", &value["balloon"]),
+        ("RateLimitsConfig", &value["disks"][0]["rate_limit"]),
         ("RateLimitConfig", &value["rng"]["rate_limit"]),
     ] {
         let keys = names(&definitions[definition]["properties"]);

@@ -7,6 +7,17 @@ use std::path::{Path, PathBuf};
 use super::*;
 use crate::{Backing, BuildError, Decompressor, HugePages, IoThreads, VmBuilder};
 
+fn limits(bandwidth: u64, ops: u64) -> RateLimitsConfig {
+    let limit = |per_second, burst| RateLimitConfig {
+        per_second: NonZeroU64::new(per_second).unwrap(),
+        burst: NonZeroU64::new(burst),
+    };
+    RateLimitsConfig {
+        bandwidth: Some(limit(bandwidth, 2 * bandwidth)),
+        ops: Some(limit(ops, 0)),
+    }
+}
+
 fn full() -> VmConfig {
     VmConfig {
         name: Some("web".into()),
@@ -45,10 +56,13 @@ fn full() -> VmConfig {
                 transport: Some(Transport::Pci),
                 io_threads: Some(IoThreads::Device),
                 io_affinity: Some("0-3,5".parse().unwrap()),
+                rate_limit: limits(1 << 20, 100),
+                ..DiskConfig::default()
             },
             DiskConfig {
                 path: "/srv/data.img".into(),
                 readonly: true,
+                write_rate_limit: limits(3, 4),
                 ..DiskConfig::default()
             },
         ],
@@ -157,6 +171,17 @@ fn every_option_reaches_the_builder() {
     assert!(balloon.contains("MemorySize(2147483648)"), "{balloon}");
     assert_eq!(balloon.matches("false").count(), 2, "{balloon}");
     let disks: Vec<String> = builder.disks.iter().map(|d| format!("{d:?}")).collect();
+    for limit in [
+        "per_second: 1048576, burst: 2097152",
+        "per_second: 100, burst: 100",
+    ] {
+        assert!(disks[0].contains(limit), "{}", disks[0]);
+    }
+    assert!(
+        disks[1].contains("write: RateLimits { bandwidth: Some"),
+        "{}",
+        disks[1]
+    );
     assert!(disks[0].contains("bytes: 1024") && disks[0].contains("read_only: false"));
     for part in [
         "\"root\"",

@@ -158,6 +158,12 @@ pub struct BlockMetrics {
     pub ids: u64,
     /// Requests that failed.
     pub errors: u64,
+    /// Reads that had to wait for a limit.
+    #[serde(default)]
+    pub reads_throttled: u64,
+    /// The same for writes, and for all other requests.
+    #[serde(default)]
+    pub writes_throttled: u64,
     /// How long what is behind the disk took for each read.
     pub read_latency: LatencyMetrics,
     /// The same for each write.

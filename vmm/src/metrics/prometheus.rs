@@ -139,6 +139,20 @@ fn block_families(text: &mut Text<'_>) {
             }
         });
     });
+    let help = "Requests to a disk that had to wait for a limit.";
+    text.family(
+        "kiln_block_throttled_total",
+        COUNTER,
+        help,
+        |vm, samples| {
+            disks(vm, &mut |device, of| {
+                for (kind, count) in [("read", of.reads_throttled), ("write", of.writes_throttled)]
+                {
+                    samples.add(&[("device", device), ("kind", kind)], count);
+                }
+            });
+        },
+    );
     let help = "Requests to a disk that failed.";
     text.devices("kiln_block_errors_total", help, |device| {
         device.block.as_ref().map(|block| block.errors)

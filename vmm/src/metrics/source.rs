@@ -166,6 +166,8 @@ fn block(from: &BlockControl) -> BlockMetrics {
         write_zeroes_bytes: get(&from.write_zeroes_bytes),
         ids: get(&from.ids),
         errors: get(&from.errors),
+        reads_throttled: get(&from.reads_throttled),
+        writes_throttled: get(&from.writes_throttled),
         read_latency: latency(&from.read_latency),
         write_latency: latency(&from.write_latency),
         flush_latency: latency(&from.flush_latency),

@@ -29,6 +29,10 @@ pub struct BlockCounters {
     pub ids: AtomicU64,
     /// Requests that failed, for whatever reason.
     pub errors: AtomicU64,
+    /// Reads that had to wait for a limit.
+    pub reads_throttled: AtomicU64,
+    /// The same for writes, and for all other requests.
+    pub writes_throttled: AtomicU64,
     /// How long the backend took for each read that it was asked for, whether or not it succeeded.
     pub read_latency: LatencyHistogram,
     /// The same for writes.

@@ -16,7 +16,7 @@ use super::config::{self, Config};
 use super::handler::BlockHandler;
 use super::request::ID_BYTES;
 use super::shared::{Shared, Source};
-use super::{BlockBackend, BlockControl, BlockCounters, BlockProperties};
+use super::{BlockBackend, BlockControl, BlockCounters, BlockProperties, BlockRateLimits};
 
 const QUEUE_SIZE: u16 = 256;
 /// The segments of a request that fills the queue: two descriptors are for header and status.
@@ -61,6 +61,8 @@ pub struct BlockOptions {
     /// The size of blocks in bytes that the driver sees: 512 or 4096, and not less than what the
     /// backend has, which is the default.
     pub logical_block_size: Option<u32>,
+    /// How much the driver may ask for in a time: by default any amount.
+    pub rate_limits: BlockRateLimits,
 }
 
 /// Why a block device could not be made, or not be told what it was told.
@@ -95,6 +97,11 @@ pub enum BlockError {
         /// What was asked for.
         asked: u16,
     },
+    /// A request would have to keep to two limits.
+    #[error(
+        "limit what a disk does in a time: reads and writes together, or each by themselves, but not both"
+    )]
+    RateLimits,
     /// The size of what is behind the disk cannot be had.
     #[error("look how large a disk is")]
     Refresh(#[source] io::Error),
@@ -130,6 +137,7 @@ impl Block {
         if !(1..=MAX_QUEUES).contains(&queues) {
             return Err(BlockError::Queues { asked: queues });
         }
+        options.rate_limits.check()?;
         let mut properties = backend.properties();
         properties.logical_block_size = block_size(options.logical_block_size, &properties)?;
         let (size, block_size) = (backend.size(), properties.logical_block_size);
@@ -146,9 +154,18 @@ impl Block {
             queues,
         };
         let source = Source::new(Box::new(backend));
-        let shared = Shared::new(source, read_only, id, config, size, options.cache);
+        let shared = Shared::new(
+            source,
+            read_only,
+            id,
+            config,
+            size,
+            options.cache,
+            options.rate_limits,
+        );
         let shared = Arc::new(shared);
-        let workers = (0..queues).map(|_| Worker::new(BlockHandler::new(Arc::clone(&shared))));
+        let handler = |queue| BlockHandler::new(queue, Arc::clone(&shared));
+        let workers = (0..queues).map(|queue| Worker::new(handler(queue)));
         Ok(Self {
             workers: workers.collect(),
             features: features(&properties, read_only, queues),

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kiln_io_thread::Registrar;
+use kiln_io_thread::{IoEvent, Registrar};
 use kiln_virtio_device::{Chain, GuestBuffers, QueueError, QueueHandler, Turn};
 use tracing::Span;
 use virtio_bindings::virtio_blk as raw;
@@ -12,6 +12,7 @@ use virtio_bindings::virtio_blk as raw;
 use super::counters::count;
 use super::request::{self, Disk, ID_BYTES, IO_ERROR, OK, Ranges, Request};
 use super::shared::Shared;
+use crate::rate_limit::Throttle;
 use crate::virtio::LatencyHistogram;
 
 /// What lives on the I/O thread.
@@ -20,6 +21,9 @@ pub(super) struct BlockHandler {
     /// The driver does not flush, so every write has to last (virtio 1.3, section 5.2.6.2).
     no_flush: bool,
     told: bool,
+    throttle: Throttle,
+    /// The index of the queue.
+    queue: u16,
     /// The device's span, for the one message.
     span: Span,
 }
@@ -29,23 +33,31 @@ pub(super) struct BlockHandler {
 type Answer = Result<usize, u8>;
 
 impl BlockHandler {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
+    pub(super) fn new(queue: u16, shared: Arc<Shared>) -> Self {
         Self {
             shared,
             no_flush: false,
             told: false,
+            throttle: Throttle::new(Self::FIRST_TOKEN),
+            queue,
             span: Span::none(),
         }
     }
 
-    /// Serves a request; gives the number of bytes that were written to the chain.
-    fn serve(&mut self, chain: &mut Chain<'_>, clock: &mut Clock) -> u32 {
+    /// Serves a request; gives the number of bytes that were written to the chain, or `None` where
+    /// it has to wait.
+    fn serve(
+        &mut self,
+        chain: &mut Chain<'_>,
+        clock: &mut Clock,
+        registrar: &mut Registrar<'_, '_>,
+    ) -> io::Result<Option<u32>> {
         // The status is the last writable byte, wherever it lies.
         let data = chain.writable.len().checked_sub(1);
         let Some(Ok(mut status)) = data.map(|data| chain.writable.split_off(data)) else {
             // There is no place even for an answer.
             count(&self.shared.counters.errors, 1);
-            return 0;
+            return Ok(Some(0));
         };
         let disk = Disk {
             sectors: self.shared.sectors(),
@@ -53,8 +65,19 @@ impl BlockHandler {
             limits: self.shared.limits(),
         };
         let (readable, writable) = (&mut chain.readable, &mut chain.writable);
-        let answer = request::parse(readable, writable, &disk)
-            .and_then(|request| self.answer(request, readable, writable, clock));
+        let request = request::parse(readable, writable, &disk);
+        if let Ok(request) = &request {
+            let (is_read, bytes) = match request {
+                Request::Read { .. } => (true, writable.len()),
+                Request::Write { .. } => (false, readable.len()),
+                Request::GetId => (true, 0),
+                Request::Flush | Request::Discard(_) | Request::WriteZeroes(_) => (false, 0),
+            };
+            if !self.may(is_read, bytes as u64, registrar)? {
+                return Ok(None);
+            }
+        }
+        let answer = request.and_then(|request| self.answer(request, readable, writable, clock));
         let (code, written) = match answer {
             Ok(written) => (OK, written),
             Err(code) => {
@@ -64,7 +87,18 @@ impl BlockHandler {
         };
         // It has the one byte.
         let _ = status.write(&[code]);
-        u32::try_from(written + 1).unwrap_or(u32::MAX)
+        Ok(Some(u32::try_from(written + 1).unwrap_or(u32::MAX)))
+    }
+
+    /// Whether the limits of the disk let a request go on.
+    fn may(
+        &mut self,
+        is_read: bool,
+        bytes: u64,
+        registrar: &mut Registrar<'_, '_>,
+    ) -> io::Result<bool> {
+        let (limits, counters) = (&self.shared.rate_limits, &self.shared.counters);
+        limits.may(is_read, bytes, counters, &mut self.throttle, registrar)
     }
 
     fn answer(
@@ -184,6 +218,7 @@ impl Clock {
 impl QueueHandler for BlockHandler {
     fn start(&mut self, features: u64, _registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
         self.span = Span::current();
+        self.throttle.start();
         self.no_flush = features & (1 << raw::VIRTIO_BLK_F_FLUSH) == 0;
         Ok(())
     }
@@ -191,13 +226,20 @@ impl QueueHandler for BlockHandler {
     fn process(
         &mut self,
         turn: &mut Turn<'_>,
-        _registrar: &mut Registrar<'_, '_>,
+        registrar: &mut Registrar<'_, '_>,
     ) -> Result<(), QueueError> {
         let mut clock = Clock::start();
         while let Some(mut chain) = turn.pop()? {
-            let written = self.serve(&mut chain, &mut clock);
+            let Some(written) = self.serve(&mut chain, &mut clock, registrar)? else {
+                turn.put_back(chain);
+                break;
+            };
             turn.complete(chain, written)?;
         }
         Ok(())
+    }
+    fn ready(&mut self, _event: IoEvent) -> Option<u16> {
+        self.throttle.woken();
+        Some(self.queue)
     }
 }

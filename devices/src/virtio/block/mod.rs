@@ -9,6 +9,7 @@
 //! | `request` | what the driver asks for |
 //! | `handler` | the work on a queue |
 //! | `shared` | [`BlockControl`], and what the queues have in common |
+//! | `limits` | [`BlockRateLimits`]: how much a driver may ask for in a time |
 //! | `counters` | [`BlockCounters`] |
 //!
 //! # Example
@@ -68,6 +69,7 @@ mod config;
 mod counters;
 mod device;
 mod handler;
+mod limits;
 mod raw;
 mod request;
 mod shared;
@@ -77,5 +79,6 @@ mod tests;
 pub use backend::{BlockBackend, BlockProperties, SECTOR_SIZE};
 pub use counters::BlockCounters;
 pub use device::{Block, BlockError, BlockOptions, BlockState, CacheMode};
+pub use limits::BlockRateLimits;
 pub use raw::{RawFile, RawFileError};
 pub use shared::BlockControl;

@@ -9,7 +9,10 @@ use kiln_memory::GuestSlice;
 use kiln_virtio_device::{InterruptEvent, VirtioInterrupt};
 
 use super::config::Config;
-use super::{BlockBackend, BlockCounters, BlockError, CacheMode, RawFile, SECTOR_SIZE};
+use super::limits::Limiters;
+use super::{
+    BlockBackend, BlockCounters, BlockError, BlockRateLimits, CacheMode, RawFile, SECTOR_SIZE,
+};
 
 /// The way to what is behind the disk. Each queue has a clone.
 #[derive(Clone)]
@@ -84,6 +87,7 @@ pub(super) struct Shared {
     pub(super) counters: Arc<BlockCounters>,
     pub(super) read_only: bool,
     pub(super) id: [u8; super::request::ID_BYTES],
+    pub(super) rate_limits: Limiters,
     /// The configuration without what changes.
     config: Config,
     sectors: AtomicU64,
@@ -110,12 +114,14 @@ impl Shared {
         config: Config,
         size: u64,
         cache: CacheMode,
+        rate_limits: BlockRateLimits,
     ) -> Self {
         Self {
             source,
             counters: Arc::default(),
             read_only,
             id,
+            rate_limits: Limiters::new(rate_limits),
             config,
             sectors: AtomicU64::new(size / SECTOR_SIZE),
             writeback: AtomicBool::new(cache == CacheMode::Writeback),
@@ -234,6 +240,23 @@ impl BlockControl {
         } else {
             CacheMode::Writethrough
         }
+    }
+
+    /// How much the driver may ask of the disk in a time.
+    pub fn rate_limits(&self) -> BlockRateLimits {
+        self.shared.rate_limits.get()
+    }
+
+    /// Changes how much the driver may ask of the disk in a time, from now on. What it asked for
+    /// before counts on where there was a limit already.
+    ///
+    /// # Errors
+    ///
+    /// [`BlockError::RateLimits`] where they cannot be together. The limits are as they were then.
+    pub fn set_rate_limits(&self, limits: BlockRateLimits) -> Result<(), BlockError> {
+        limits.check()?;
+        self.shared.rate_limits.set(limits);
+        Ok(())
     }
 
     /// What the disk has done.

@@ -11,6 +11,7 @@ use tempfile::NamedTempFile;
 
 mod control;
 mod hostile;
+mod limits;
 mod ranges;
 
 use super::*;
