@@ -123,9 +123,38 @@ pub(crate) fn read_some(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Re
 ///
 /// What the system says; `WouldBlock` where it takes nothing now.
 pub(crate) fn send_some(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Result<usize> {
-    let Some(mut pieces) = Pieces::behind(slices, 0) else {
-        return Ok(0);
-    };
+    match Pieces::behind(slices, 0) {
+        Some(pieces) => send_pieces(fd, pieces),
+        None => Ok(0),
+    }
+}
+
+/// Sends `head` and what of `slices` lies behind their first `skip` bytes, as far as the stream
+/// socket `fd` takes it now, with one call and never with a signal; gives the bytes.
+///
+/// # Errors
+///
+/// As [`send_some`].
+pub(crate) fn send_behind(
+    fd: BorrowedFd<'_>,
+    head: &[u8],
+    slices: &[GuestSlice<'_>],
+    skip: usize,
+) -> io::Result<usize> {
+    let mut pieces = vec![iovec {
+        // The kernel only reads it.
+        iov_base: head.as_ptr().cast_mut().cast(),
+        iov_len: head.len(),
+    }];
+    if let Some(behind) = Pieces::behind(slices, skip) {
+        pieces.extend(behind.0);
+    }
+    pieces.truncate(MAX_PIECES);
+    send_pieces(fd, Pieces(pieces))
+}
+
+/// Sends the pieces, which are memory that lives until this returns.
+fn send_pieces(fd: BorrowedFd<'_>, mut pieces: Pieces) -> io::Result<usize> {
     // SAFETY: zeros are a valid `msghdr`: a message without address, data and control data.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = pieces.0.as_mut_ptr();
@@ -138,6 +167,18 @@ pub(crate) fn send_some(fd: BorrowedFd<'_>, slices: &[GuestSlice<'_>]) -> io::Re
             return Ok(count);
         }
     }
+}
+
+/// The parts of `slices` behind their first `skip` bytes.
+pub(crate) fn behind<'a, 'm>(
+    slices: &'a [GuestSlice<'m>],
+    mut skip: usize,
+) -> impl Iterator<Item = GuestSlice<'m>> + use<'a, 'm> {
+    slices.iter().filter_map(move |slice| {
+        let skipped = skip.min(slice.len());
+        skip -= skipped;
+        slice.offset(skipped).ok().filter(|rest| !rest.is_empty())
+    })
 }
 
 /// A packet goes with one call.

@@ -7,6 +7,8 @@
 //! |---|---|
 //! | `backend` | [`NetBackend`]: what a network can do; [`Offloads`] |
 //! | `tap` | [`Tap`]: a tap interface of the host |
+//! | `passt` | [`Passt`]: the host's network for the guest, without privileges |
+//! | `stream` | [`StreamSocket`]: a program at the other end of a Unix socket |
 //! | `mac` | [`MacAddress`] |
 //! | `features` | what a driver can agree on |
 //! | `device` | [`Net`]: features and configuration |
@@ -54,7 +56,9 @@ mod backend;
 mod device;
 mod features;
 mod mac;
+mod passt;
 mod receive;
+mod stream;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -63,4 +67,8 @@ mod transmit;
 pub use backend::{NetBackend, Offloads};
 pub use device::{Net, NetCounters, NetError, NetOptions};
 pub use mac::{MacAddress, ParseMacAddressError};
+pub use passt::{
+    IpProtocol, ParsePortForwardError, Passt, PasstError, PortForward, UserNetOptions,
+};
+pub use stream::{StreamError, StreamSocket};
 pub use tap::{Tap, TapError};
