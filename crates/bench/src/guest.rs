@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 /// Where the image is loaded and entered.
 const LOAD_ADDRESS: u64 = 0x10_0000;
@@ -16,7 +17,7 @@ const POWER_OFF: [u8; 7] = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee];
 const HALT: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfc];
 
 /// What a loop of exits does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Exit {
     /// A byte to a port that nothing is at.
     Port,

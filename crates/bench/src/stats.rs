@@ -38,25 +38,44 @@ pub(crate) struct Row {
     /// The figures.
     #[serde(flatten)]
     pub(crate) summary: Summary,
-    /// The median over that of the floor, where there is one.
-    pub(crate) to_floor: Option<f64>,
+    /// The median over that of another, and of whom, where it was measured too.
+    pub(crate) ratio: Option<Ratio>,
 }
 
-/// Makes lines of the samples of several subjects, of which the first is the floor.
+/// How many times another's figure it is.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Ratio {
+    pub(crate) to: &'static str,
+    pub(crate) times: f64,
+}
+
+/// Makes lines of the samples of several subjects, with ratios to the floor's.
 pub(crate) fn rows(what: &str, samples: &[(&'static str, Vec<f64>)]) -> Vec<Row> {
-    let floor = samples
-        .first()
-        .filter(|(name, _)| *name == crate::subject::FLOOR)
+    rows_to(crate::subject::FLOOR, what, samples)
+}
+
+/// Makes lines of the samples of several subjects, with ratios to those of `base`. Who has no
+/// samples has no line.
+pub(crate) fn rows_to(
+    base: &'static str,
+    what: &str,
+    samples: &[(&'static str, Vec<f64>)],
+) -> Vec<Row> {
+    let measured = || samples.iter().filter(|(_, samples)| !samples.is_empty());
+    let median = measured()
+        .find(|(name, _)| *name == base)
         .map(|(_, samples)| Summary::of(samples).median);
-    samples
-        .iter()
+    measured()
         .map(|(subject, samples)| {
             let summary = Summary::of(samples);
             Row {
                 what: what.to_owned(),
                 subject,
                 summary,
-                to_floor: floor.map(|floor| summary.median / floor),
+                ratio: median.map(|median| Ratio {
+                    to: base,
+                    times: summary.median / median,
+                }),
             }
         })
         .collect()
@@ -77,7 +96,15 @@ mod tests {
     fn ratios_are_to_the_floor() {
         let samples = [("floor", vec![2.0]), ("kiln", vec![3.0])];
         let rows = rows("x", &samples);
-        assert_eq!(rows[0].to_floor, Some(1.0));
-        assert_eq!(rows[1].to_floor, Some(1.5));
+        assert_eq!(rows[0].ratio.unwrap().times, 1.0);
+        assert_eq!(rows[1].ratio.unwrap().times, 1.5);
+    }
+
+    #[test]
+    fn who_has_no_samples_has_no_line_and_is_no_base() {
+        let samples = [("qemu", vec![]), ("kiln", vec![3.0])];
+        let rows = rows_to("qemu", "x", &samples);
+        assert_eq!(rows.len(), 1);
+        assert!(rows[0].ratio.is_none());
     }
 }

@@ -6,12 +6,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 
 /// The name of the floor in results.
 pub(crate) const FLOOR: &str = "floor";
 
 /// The programs to measure.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Programs {
     pub(crate) kiln: PathBuf,
     pub(crate) floor: PathBuf,
@@ -20,7 +21,7 @@ pub(crate) struct Programs {
 }
 
 /// One of those that are measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Subject {
     Floor,
     Kiln,
@@ -43,6 +44,14 @@ impl Programs {
         let mut all = vec![Subject::Floor, Subject::Kiln];
         all.extend(self.qemu.as_ref().map(|_| Subject::Qemu));
         all
+    }
+
+    /// Those that run Linux, Kiln first.
+    pub(crate) fn monitors(&self) -> Vec<Subject> {
+        self.subjects()
+            .into_iter()
+            .filter(|one| *one != Subject::Floor)
+            .collect()
     }
 
     /// A command that runs a guest of one vCPU whose serial port is standard output.

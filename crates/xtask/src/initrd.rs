@@ -118,6 +118,18 @@ pub(crate) fn nested(busybox: &Busybox, modules: &[Module]) -> Vec<u8> {
     archive.finish()
 }
 
+/// Writes to `to` the initrd of a guest that says hello and is done: busybox, and an init of two
+/// lines.
+pub(crate) fn write_hello(to: &Path) -> Result<()> {
+    const INIT: &[u8] = b"#!/bin/busybox sh\necho HELLO-FROM-INIT\nexec /bin/busybox reboot -f\n";
+    let busybox = Busybox::installed()?;
+    let mut archive = Archive::new();
+    archive.directory("dev");
+    archive.file("bin/busybox", 0o755, &busybox.program);
+    archive.file("init", 0o755, INIT);
+    fs::write(to, archive.finish()).with_context(|| format!("write {}", to.display()))
+}
+
 /// Writes to `to` the initrd `from`, extended with `files`: path, permission bits and contents of
 /// each.
 ///

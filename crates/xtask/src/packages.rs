@@ -53,8 +53,12 @@ pub const NESTED: &[Tool] = &[
 /// What running guests by hand and by the integration tests takes.
 pub const RUN: &[Tool] = &[tool("ip", "iproute2"), tool("e2fsck", "e2fsprogs")];
 
-/// What is measured beside Kiln.
-pub const BENCH: &[Tool] = &[tool("qemu-system-x86_64", "qemu-system-x86")];
+/// What is measured beside Kiln, and with.
+pub const BENCH: &[Tool] = &[
+    tool("qemu-system-x86_64", "qemu-system-x86"),
+    tool("ip", "iproute2"),
+    tool("iperf3", "iperf3"),
+];
 
 /// Makes sure that `tools` are there: the packages of those missing are installed when we are
 /// root, and named together with the command otherwise.
