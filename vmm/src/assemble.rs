@@ -219,7 +219,7 @@ impl<'a> Wiring<'a> {
         &mut self,
         mut builder: VmBuilder,
     ) -> Result<(Arc<Serial>, PowerButton), BuildError> {
-        let members = members(&mut builder)?;
+        let members = members(&mut builder, &self.events)?;
         for (gsi, name) in LEGACY_GSIS {
             self.devices.reserve_gsi(name, gsi)?;
         }
@@ -451,7 +451,7 @@ impl Member {
 }
 
 /// All virtio devices, in the order in which the guest finds them.
-fn members(builder: &mut VmBuilder) -> Result<Vec<Member>, BuildError> {
+fn members(builder: &mut VmBuilder, events: &Arc<EventSource>) -> Result<Vec<Member>, BuildError> {
     let mut members = Vec::new();
     for (index, disk) in mem::take(&mut builder.disks).into_iter().enumerate() {
         let (transport, io) = (disk.transport, disk.io.clone());
@@ -462,9 +462,10 @@ fn members(builder: &mut VmBuilder) -> Result<Vec<Member>, BuildError> {
     }
     for (index, net) in mem::take(&mut builder.nets).into_iter().enumerate() {
         let (transport, io) = (net.transport, net.io.clone());
-        let device = net.into_device()?;
+        let name = format!("net {index}");
+        let device = net.into_device(&name, events)?;
         let work = Work::Net(device.counters());
-        let member = Member::new(format!("net {index}"), device, transport, work);
+        let member = Member::new(name, device, transport, work);
         members.push(Member { io, ..member });
     }
     if let Some(vsock) = builder.vsock.take() {

@@ -73,6 +73,18 @@ pub enum BuildError {
     /// A tap interface cannot be used.
     #[error(transparent)]
     Tap(#[from] kiln_devices::virtio::net::TapError),
+    /// The socket of a network cannot be used.
+    #[error(transparent)]
+    NetSocket(#[from] kiln_devices::virtio::net::StreamError),
+    /// There is no network by passt.
+    #[error(transparent)]
+    UserNet(#[from] kiln_devices::virtio::net::PasstError),
+    /// What a description says of a network interface does not go together.
+    #[error("make a network interface of its description: {reason}")]
+    NetDescription {
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// A network interface cannot be as it was described.
     #[error(transparent)]
     Net(#[from] kiln_devices::virtio::net::NetError),

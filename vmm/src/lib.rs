@@ -137,7 +137,10 @@ pub use kiln_devices::virtio::block::{
     CacheMode, RawFile, RawFileError,
 };
 pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
-pub use kiln_devices::virtio::net::{MacAddress, NetBackend, Offloads};
+pub use kiln_devices::virtio::net::{
+    IpProtocol, MacAddress, NetBackend, Offloads, ParsePortForwardError, PasstError, PortForward,
+    StreamError, UserNetOptions,
+};
 pub use kiln_io_thread::{CpuList, CpuListError};
 pub use kiln_kernel_cache::{CacheError, KernelCache, UnpackError};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};

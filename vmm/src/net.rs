@@ -1,11 +1,18 @@
 //! A network interface of the machine.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
 
-use kiln_devices::virtio::net::{MacAddress, Net as NetDevice, NetBackend, NetOptions, Tap};
+use kiln_devices::virtio::net::{
+    MacAddress, Net as NetDevice, NetBackend, NetOptions, Passt, StreamSocket, Tap, UserNetOptions,
+};
 
+use crate::events::EventSource;
 use crate::io_threads::DeviceIo;
-use crate::{BuildError, CpuList, IoThreads, Transport};
+use crate::{BuildError, CpuList, IoThreads, Transport, VmEvent};
 
 /// A network interface: what is behind it, and its address.
 pub struct Net {
@@ -23,6 +30,49 @@ impl Net {
     /// [`BuildError::Tap`] where there is none of that name, it is in use, or may not be used.
     pub fn tap(name: &str) -> Result<Self, BuildError> {
         Ok(Self::new(Tap::open(name)?))
+    }
+
+    /// An interface on the host's own network, without privileges or set-up: by
+    /// [passt](https://passt.top), a program that is started here and ends with the machine.
+    ///
+    /// The guest gets its addresses and its resolver, which are the host's, by DHCP. When passt
+    /// ends before the machine does, the link is down and there is a [`VmEvent::DeviceError`].
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::UserNet`] where passt is not installed, or cannot do what the options say.
+    pub fn user(options: &UserNetOptions) -> Result<Self, BuildError> {
+        Ok(Self::new(Passt::start(options)?))
+    }
+
+    /// An interface on a network that another program offers at a Unix stream socket, in the framing
+    /// of passt, gvproxy and QEMU (`-netdev stream`): four bytes of length, big endian, in front of
+    /// each Ethernet frame.
+    ///
+    /// When that program goes, the link is down and there is a [`VmEvent::DeviceError`]. With
+    /// `reconnect` the interface then connects again, and tries so each time when that has passed.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::NetSocket`] where nobody listens there.
+    pub fn socket(
+        path: impl Into<PathBuf>,
+        reconnect: Option<Duration>,
+    ) -> Result<Self, BuildError> {
+        let socket = StreamSocket::connect(path)?;
+        Ok(Self::new(match reconnect {
+            Some(after) => socket.reconnect(after)?,
+            None => socket,
+        }))
+    }
+
+    /// An interface on a stream socket that is connected to such a program already.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::NetSocket`] where it is something else.
+    pub fn socket_fd(socket: OwnedFd) -> Result<Self, BuildError> {
+        Ok(Self::new(StreamSocket::from_fd(socket)?))
     }
 
     /// An interface with a backend of your own.
@@ -62,8 +112,21 @@ impl Net {
         self
     }
 
-    pub(crate) fn into_device(self) -> Result<NetDevice, BuildError> {
-        Ok(NetDevice::new(self.backend, self.options)?)
+    /// The device, which is called `name` in the events that it sends.
+    pub(crate) fn into_device(
+        self,
+        name: &str,
+        events: &Arc<EventSource>,
+    ) -> Result<NetDevice, BuildError> {
+        let mut device = NetDevice::new(self.backend, self.options)?;
+        let (events, name) = (Arc::clone(events), name.to_owned());
+        device.on_failure(move |reason| {
+            events.send(&VmEvent::DeviceError {
+                device: name.clone(),
+                reason: reason.to_owned(),
+            });
+        });
+        Ok(device)
     }
 }
 

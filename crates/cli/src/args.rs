@@ -1,12 +1,16 @@
 //! The command line: its words, and what each option's text means.
 
+mod net;
+
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kiln_vmm::config::{BalloonConfig, DiskConfig, RateLimitConfig};
-use kiln_vmm::{CpuList, Decompressor, IoThreads, MacAddress, MemorySize, Transport};
+use kiln_vmm::{CpuList, Decompressor, IoThreads, MemorySize, Transport};
+
+pub(crate) use net::NetArg;
 
 /// Boot Linux in a KVM virtual machine.
 #[derive(Debug, Parser)]
@@ -105,10 +109,18 @@ pub(crate) struct Run {
     )]
     pub(crate) disk: Vec<DiskArg>,
 
-    /// A network interface (virtio-net) on an existing tap interface of the host
+    /// A network interface (virtio-net) on an existing tap interface of the host (`tap`); on the
+    /// host's own network, without privileges, by passt (`user`), where each `forward` leads a port
+    /// of the host to one of the guest, and the guest reaches the host's loopback addresses at that
+    /// of its gateway unless that is off; or on the network that another program offers at a Unix
+    /// stream socket, such as gvproxy (`socket`, or `socket-fd` for one that is open already). A
+    /// comma in a path is written twice
     #[arg(
         long,
-        value_name = "tap=NAME[,mac=MAC][,transport=pci|mmio][,io-threads=shared|device|queue][,io-affinity=CPUS]"
+        value_name = "tap=NAME|user[,forward=tcp|udp:[ADDRESS:]PORT[:GUEST_PORT]]...\
+                      [,host-loopback=on|off][,passt=PATH]|socket=PATH[,reconnect=SECONDS]\
+                      |socket-fd=N[,mac=MAC][,transport=pci|mmio]\
+                      [,io-threads=shared|device|queue][,io-affinity=CPUS]"
     )]
     pub(crate) net: Vec<NetArg>,
 
@@ -345,52 +357,6 @@ fn split_path(text: &str) -> (String, Vec<&str>) {
     }
     path.push_str(rest);
     (path, Vec::new())
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct NetArg {
-    pub(crate) tap: String,
-    pub(crate) mac: Option<MacAddress>,
-    pub(crate) transport: Option<Transport>,
-    pub(crate) io_threads: Option<IoThreads>,
-    pub(crate) io_affinity: Option<CpuList>,
-}
-
-impl std::str::FromStr for NetArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut tap = None;
-        let mut mac = None;
-        let mut chosen = None;
-        let (mut io_threads, mut io_affinity) = (None, None);
-        for option in split_options(text) {
-            match option.split_once('=') {
-                Some(("tap", name)) => tap = Some(name.to_owned()),
-                Some(("mac", address)) => {
-                    mac = Some(address.parse().map_err(|e| format!("`{address}`: {e}"))?);
-                }
-                Some(("transport", name)) => chosen = Some(transport(name)?),
-                Some(("io-threads", word)) => io_threads = Some(parse(word)?),
-                Some(("io-affinity", cpus)) => io_affinity = Some(cpu_list(cpus)?),
-                _ => {
-                    return Err(format!(
-                        "unknown network option `{option}`: there are `tap=NAME`, `mac=MAC`, \
-                         `transport=pci|mmio`, `io-threads=shared|device|queue` and \
-                         `io-affinity=CPUS`"
-                    ));
-                }
-            }
-        }
-        let tap = tap.ok_or("the tap interface is missing: say `tap=NAME`")?;
-        Ok(Self {
-            tap,
-            mac,
-            transport: chosen,
-            io_threads,
-            io_affinity,
-        })
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -703,16 +669,6 @@ mod tests {
     }
 
     #[test]
-    fn a_network_interface_needs_its_tap() {
-        let net: NetArg = "tap=tap0,mac=06:00:00:00:00:01".parse().unwrap();
-        assert_eq!(net.tap, "tap0");
-        assert!(net.mac.is_some());
-        assert!("mac=06:00:00:00:00:01".parse::<NetArg>().is_err());
-        assert!("tap=tap0,mac=06:00".parse::<NetArg>().is_err());
-        assert!("tap0".parse::<NetArg>().is_err());
-    }
-
-    #[test]
     fn a_balloon_has_what_is_not_turned_off() {
         let balloon = |text: &str| text.parse::<BalloonArg>().map(|balloon| balloon.0);
         assert_eq!(balloon(""), Ok(BalloonConfig::default()));
@@ -759,7 +715,7 @@ mod tests {
         let disk = disk_config("a.img,transport=mmio");
         assert_eq!(disk.transport, Some(Transport::Mmio));
         let net: NetArg = "tap=tap0,transport=pci".parse().unwrap();
-        assert_eq!(net.transport, Some(Transport::Pci));
+        assert_eq!(net.0.transport, Some(Transport::Pci));
         let expected = "`isa`: the transports are `pci` and `mmio`";
         assert_eq!(
             "a.img,transport=isa".parse::<DiskArg>(),
@@ -778,8 +734,8 @@ mod tests {
         assert_eq!(disk.0.io_threads, Some(IoThreads::Device));
         assert_eq!(disk.0.io_affinity.unwrap().to_string(), "0-1,3");
         let net: NetArg = "tap=t,io-affinity=2,io-threads=queue".parse().unwrap();
-        assert_eq!(net.io_threads, Some(IoThreads::Queue));
-        assert_eq!(net.io_affinity.unwrap().to_string(), "2");
+        assert_eq!(net.0.io_threads, Some(IoThreads::Queue));
+        assert_eq!(net.0.io_affinity.unwrap().to_string(), "2");
         for (text, said) in [
             ("a,io-threads=two", "`two`: there are `shared`"),
             ("a,io-affinity=", "`` is not a list of CPUs"),

@@ -2,11 +2,11 @@
 
 use anyhow::{Error, bail};
 use kiln_vmm::config::{
-    BootProtocolConfig, ConsolePortConfig, NetConfig, RateLimitConfig, RngConfig, SerialConfig,
-    VmConfig, VsockConfig,
+    BootProtocolConfig, ConsolePortConfig, RateLimitConfig, RngConfig, SerialConfig, VmConfig,
+    VsockConfig,
 };
 
-use crate::args::{ConsoleArg, NetArg, Protocol, RngArg, Run, SerialArg, VirtioPortArg, VsockArg};
+use crate::args::{ConsoleArg, Protocol, RngArg, Run, SerialArg, VirtioPortArg, VsockArg};
 
 /// What the file says, or the defaults where there is none, with the arguments put over it.
 pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
@@ -35,7 +35,7 @@ pub(crate) fn from_args(args: Run) -> Result<VmConfig, Error> {
         config.disks = args.disk.into_iter().map(|disk| disk.0).collect();
     }
     if !args.net.is_empty() {
-        config.nets = args.net.into_iter().map(NetConfig::from).collect();
+        config.nets = args.net.into_iter().map(|net| net.0).collect();
     }
     if let Some(vsock) = args.vsock {
         config.vsock = Some(vsock.into());
@@ -105,18 +105,6 @@ impl From<Protocol> for BootProtocolConfig {
             Protocol::Auto => Self::Auto,
             Protocol::Linux64 => Self::Linux64,
             Protocol::Pvh => Self::Pvh,
-        }
-    }
-}
-
-impl From<NetArg> for NetConfig {
-    fn from(net: NetArg) -> Self {
-        Self {
-            tap: net.tap,
-            mac: net.mac,
-            transport: net.transport,
-            io_threads: net.io_threads,
-            io_affinity: net.io_affinity,
         }
     }
 }

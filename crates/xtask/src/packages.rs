@@ -51,7 +51,11 @@ pub const NESTED: &[Tool] = &[
 ];
 
 /// What running guests by hand and by the integration tests takes.
-pub const RUN: &[Tool] = &[tool("ip", "iproute2"), tool("e2fsck", "e2fsprogs")];
+pub const RUN: &[Tool] = &[
+    tool("ip", "iproute2"),
+    tool("e2fsck", "e2fsprogs"),
+    tool("passt", "passt"),
+];
 
 /// What is measured beside Kiln, and with.
 pub const BENCH: &[Tool] = &[

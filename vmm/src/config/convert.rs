@@ -1,11 +1,11 @@
 //! From a description to a builder.
 
 use super::{
-    BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RateLimitsConfig, RngConfig, VmConfig,
-    VsockConfig, console,
+    BalloonConfig, DiskConfig, RateLimitConfig, RateLimitsConfig, RngConfig, VmConfig, VsockConfig,
+    console,
 };
 use crate::{
-    Balloon, BlockRateLimits, BuildError, Disk, Kernel, Net, RateLimit, RateLimits, Rng, VmBuilder,
+    Balloon, BlockRateLimits, BuildError, Disk, Kernel, RateLimit, RateLimits, Rng, VmBuilder,
     Vsock,
 };
 
@@ -101,28 +101,6 @@ impl DiskConfig {
         Ok(match self.transport {
             Some(transport) => disk.transport(transport),
             None => disk,
-        })
-    }
-}
-
-impl NetConfig {
-    fn open(self) -> Result<Net, BuildError> {
-        let net = Net::tap(&self.tap)?;
-        let net = match self.mac {
-            Some(mac) => net.mac(mac),
-            None => net,
-        };
-        let net = match self.io_threads {
-            Some(threads) => net.io_threads(threads),
-            None => net,
-        };
-        let net = match self.io_affinity {
-            Some(cpus) => net.io_affinity(cpus),
-            None => net,
-        };
-        Ok(match self.transport {
-            Some(transport) => net.transport(transport),
-            None => net,
         })
     }
 }

@@ -13,6 +13,7 @@
 //! | `nearest` | the known name that a wrong one is most like |
 //! | `table` | structs that are read from tables alone |
 //! | `console` | what the serial port and the virtio console lead to |
+//! | `net` | what is behind network interfaces |
 //! | `convert` | from a value to a [`VmBuilder`] |
 //!
 //! `resources/vm-config.schema.json` describes the format to editors, and `resources/examples` has
@@ -49,6 +50,7 @@ mod console;
 mod convert;
 mod error;
 mod nearest;
+mod net;
 mod read;
 #[cfg(test)]
 mod schema;
@@ -62,12 +64,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BootProtocol, CacheMode, CpuList, Decompressor, IoThreads, MacAddress, MemoryOptions,
-    MemorySize, Transport,
+    BootProtocol, CacheMode, CpuList, Decompressor, IoThreads, MemoryOptions, MemorySize, Transport,
 };
 
 pub use console::{ConsolePortConfig, SerialConfig, VirtioConsoleConfig};
 pub use error::{ConfigError, Place};
+pub use net::{NetConfig, UserNetConfig};
 
 /// What a virtual machine is made of.
 ///
@@ -192,10 +194,17 @@ impl VmConfig {
         let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
         let serial = self.serial.as_mut().and_then(SerialConfig::path_mut);
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
+        let nets = self.nets.iter_mut().flat_map(NetConfig::paths_mut);
         let console = self.console.iter_mut();
         let console = console.flat_map(VirtioConsoleConfig::paths_mut);
         let paths = self.kernel.iter_mut().chain(&mut self.initrd);
-        for path in paths.chain(disks).chain(serial).chain(vsock).chain(console) {
+        for path in paths
+            .chain(disks)
+            .chain(serial)
+            .chain(vsock)
+            .chain(console)
+            .chain(nets)
+        {
             if !path.as_os_str().is_empty() {
                 *path = folder.join(&*path);
             }
@@ -294,30 +303,6 @@ pub struct DiskConfig {
         skip_serializing_if = "RateLimitsConfig::is_empty"
     )]
     pub write_rate_limit: RateLimitsConfig,
-}
-
-/// A network interface on a tap interface of the host.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields)]
-pub struct NetConfig {
-    /// The name of a tap interface that exists.
-    pub tap: String,
-    /// The interface's address in the guest, such as 06:00:00:00:00:01. Not given, it is random.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(test, schemars(schema_with = "schema::mac_address"))]
-    pub mac: Option<MacAddress>,
-    /// How the guest reaches it. Not given, it is as for the machine.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub transport: Option<Transport>,
-    /// Who works on its queues. Not given, it is as for the machine.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub io_threads: Option<IoThreads>,
-    /// The host's CPUs that its own I/O threads run on, such as 0-3,5. Not given, they are those of
-    /// all I/O threads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(test, schemars(schema_with = "schema::cpu_list"))]
-    pub io_affinity: Option<CpuList>,
 }
 
 /// A socket device.

@@ -1,12 +1,13 @@
 //! The JSON schema of [`VmConfig`](super::VmConfig), made from its types and compared with the
 //! committed one.
 
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::path::{Path, PathBuf};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, json_schema};
 use serde_json::Value;
 
+use super::UserNetConfig;
 use super::error::explain;
 use super::{
     BalloonConfig, DiskConfig, NetConfig, RateLimitConfig, RateLimitsConfig, RngConfig,
@@ -46,6 +47,16 @@ pub(super) fn cache_mode(_: &mut SchemaGenerator) -> Schema {
 
 pub(super) fn block_size(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": ["integer", "null"], "enum": [512, 4096, null] })
+}
+
+pub(super) fn port_forwards(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array",
+        "items": {
+            "type": "string",
+            "pattern": "^(tcp|udp):(([0-9.]+|\\[[0-9A-Fa-f:.]+\\]):)?[0-9]{1,5}(:[0-9]{1,5})?$"
+        }
+    })
 }
 
 // The keys of `MemoryOptions`, which is another crate's; a test below holds the two together.
@@ -182,7 +193,15 @@ fn the_schema_has_every_key_that_is_written() {
             ..DiskConfig::default()
         }],
         nets: vec![NetConfig {
-            tap: "t".into(),
+            tap: Some("t".into()),
+            user: Some(UserNetConfig {
+                forward: vec!["tcp:1".parse().unwrap()],
+                passt: Some("p".into()),
+                ..UserNetConfig::default()
+            }),
+            socket: Some("s".into()),
+            socket_fd: Some(3),
+            reconnect: Some(NonZeroU32::MIN),
             mac: Some("06:00:00:00:00:01".parse().unwrap()),
             transport: Some(Transport::Mmio),
             io_threads: Some(IoThreads::Device),
@@ -209,6 +228,7 @@ fn the_schema_has_every_key_that_is_written() {
     for (definition, written) in [
         ("DiskConfig", &value["disks"][0]),
         ("NetConfig", &value["nets"][0]),
+        ("UserNetConfig", &value["nets"][0]["user"]),
         ("VsockConfig", &value["vsock"]),
         ("VirtioConsoleConfig", &value["console"]),
         ("ConsolePortConfig", &value["console"]["ports"][0]),

@@ -1,7 +1,7 @@
 //! Descriptions that are read, and descriptions that are refused.
 
 use std::fs;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::path::{Path, PathBuf};
 
 use super::*;
@@ -66,13 +66,32 @@ fn full() -> VmConfig {
                 ..DiskConfig::default()
             },
         ],
-        nets: vec![NetConfig {
-            tap: "tap0".into(),
-            mac: Some("06:00:00:00:00:01".parse().unwrap()),
-            transport: Some(Transport::Mmio),
-            io_threads: Some(IoThreads::Shared),
-            ..NetConfig::default()
-        }],
+        nets: vec![
+            NetConfig {
+                tap: Some("tap0".into()),
+                mac: Some("06:00:00:00:00:01".parse().unwrap()),
+                transport: Some(Transport::Mmio),
+                io_threads: Some(IoThreads::Shared),
+                ..NetConfig::default()
+            },
+            NetConfig {
+                user: Some(UserNetConfig {
+                    forward: vec!["tcp:8080:80".parse().unwrap(), "udp:5353".parse().unwrap()],
+                    host_loopback: false,
+                    passt: Some("/opt/passt".into()),
+                }),
+                ..NetConfig::default()
+            },
+            NetConfig {
+                socket: Some("/run/gvproxy.sock".into()),
+                reconnect: Some(NonZeroU32::MIN),
+                ..NetConfig::default()
+            },
+            NetConfig {
+                socket_fd: Some(3),
+                ..NetConfig::default()
+            },
+        ],
         vsock: Some(VsockConfig {
             cid: 42,
             socket: "guest.vsock".into(),
@@ -245,8 +264,8 @@ fn an_unknown_key_is_refused_with_its_line_and_the_nearest_one() {
         &["line 2", "memory_options", "`huge_pages`"],
     );
     refused(
-        "[[nets]]\ntap = \"t\"\naddress = 1",
-        &["line 3", "nets[0]", "`address`", "`tap`", "of tap, mac"],
+        "[[nets]]\ntap = \"t\"\ntpa = 1",
+        &["line 3", "nets[0]", "`tpa`", "`tap`", "of tap, user"],
     );
     refused(
         "[[console.ports]]\nname = \"a\"\nsockets = \"b\"",
@@ -389,7 +408,7 @@ fn what_cannot_be_opened_is_refused_as_by_the_builder() {
     );
     let with_net = VmConfig {
         nets: vec![NetConfig {
-            tap: "kilnabsent0".into(),
+            tap: Some("kilnabsent0".into()),
             ..NetConfig::default()
         }],
         ..VmConfig::default()
@@ -418,4 +437,44 @@ fn the_examples_are_descriptions_of_machines() {
         read += 1;
     }
     assert!(read >= 3, "only {read} examples");
+}
+
+#[test]
+fn a_network_interface_has_one_thing_behind_it() {
+    let open = |text: &str| {
+        let config = VmConfig::from_toml(&format!("[[nets]]\n{text}")).unwrap();
+        config.builder().unwrap_err().to_string()
+    };
+    let one_of = "one of `tap`, `user`, `socket` and `socket_fd`";
+    for (text, said) in [
+        ("", one_of),
+        ("tap = \"t\"\nsocket = \"s\"", one_of),
+        ("user = {}\nsocket_fd = 3", one_of),
+        (
+            "tap = \"t\"\nreconnect = 1",
+            "`reconnect` is for a `socket`",
+        ),
+        ("socket_fd = 987654", "no open file descriptor"),
+        ("socket_fd = -1", "no open file descriptor"),
+        ("socket_fd = 0", "not a connected stream socket"),
+        ("socket = \"/nonexistent/s\"", "socket `/nonexistent/s`"),
+        (
+            "user = { passt = \"/nonexistent/passt\" }",
+            "`/nonexistent/passt`",
+        ),
+        (
+            "user = { forward = [\"tcp:47081:1\", \"tcp:47081:2\"] }",
+            "forward tcp:47081:2 to the guest: tcp:47081:1 has the same port",
+        ),
+    ] {
+        let error = open(text);
+        assert!(error.contains(said), "{text}: {error}");
+        assert_eq!(error.lines().count(), 1);
+    }
+    let error = VmConfig::from_toml("[[nets]]\nuser = { forward = [\"tcp:80:x\"] }").unwrap_err();
+    let error = error.to_string();
+    assert!(
+        error.contains("line 2") && error.contains("`x` is no port"),
+        "{error}"
+    );
 }

@@ -7,6 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::PasstError;
 
 /// How a network by [passt](super::Passt) is to be.
@@ -131,7 +133,8 @@ pub enum IpProtocol {
 /// As text it is `tcp:8080:80`: the protocol (`tcp` or `udp`), the host's port and the guest's,
 /// which may be left out where it is the same. An address of the host to listen at, instead of all
 /// of them, stands in front of the host's port: `tcp:127.0.0.1:8080:80`, `tcp:[::1]:8080:80`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct PortForward {
     protocol: IpProtocol,
     address: Option<IpAddr>,
@@ -197,6 +200,20 @@ impl fmt::Display for PortForward {
             None => {}
         }
         write!(f, "{}:{}", self.host, self.guest)
+    }
+}
+
+impl TryFrom<String> for PortForward {
+    type Error = ParsePortForwardError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<PortForward> for String {
+    fn from(forward: PortForward) -> Self {
+        forward.to_string()
     }
 }
 
