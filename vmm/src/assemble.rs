@@ -25,7 +25,7 @@ use crate::io_threads::{DeviceIo, IoPool, QueueGroups};
 use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::metrics::{CountedDevices, MetricsSource, Work};
-use crate::vcpu::Vcpus;
+use crate::vcpu::ComingVcpus;
 use crate::{BuildError, Transport, Vm, VmBuilder, VmEvent, names, pci};
 
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
@@ -81,18 +81,12 @@ pub(crate) fn assemble(mut builder: VmBuilder) -> Result<Vm, BuildError> {
     let memory = Arc::new(kiln_memory::allocate(&regions, &builder.memory_options)?);
     let vm = Arc::new(KvmVm::new(source.create_vm()?, Arc::clone(&memory))?);
     let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
+    let vcpus = ComingVcpus::begin(source.take_thread(), source.host()?, &vm, &topology);
     let mut wiring = Wiring::new(&vm, &mut io, &topology)?;
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
     let thread_name = names::thread(name.as_deref(), "vcpu", 3);
-    let vcpus = Vcpus::create(
-        source.host()?,
-        &vm,
-        &topology,
-        entry,
-        kick_signal,
-        thread_name,
-    )?;
+    let vcpus = vcpus.enter_at(entry, kick_signal, thread_name)?;
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports, events) = (wiring.devices, wiring.transports, wiring.events);
     let (balloon, disks) = (wiring.balloon, wiring.disks);

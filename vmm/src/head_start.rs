@@ -5,15 +5,12 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
-use std::thread::{Builder, JoinHandle};
 
+use kiln_vcpu_manager::SpareThread;
 use kvm_ioctls::VmFd;
 
 use crate::host::{KVM_PATH, SystemFd};
 use crate::{BuildError, Host, HostError};
-
-/// The thread asks KVM a few things, and needs no more.
-const STACK_SIZE: usize = 64 * 1024;
 
 /// A virtual machine of KVM that is being made on a thread of its own, for a program that has
 /// something else to do before it can describe the machine: arguments to understand, a
@@ -36,11 +33,12 @@ const STACK_SIZE: usize = 64 * 1024;
 /// # }
 /// ```
 ///
-/// Dropping it waits for the thread and undoes what was done.
+/// The thread becomes that of the machine's first vCPU. Dropping this waits for the thread and
+/// undoes what was done.
 pub struct HeadStart {
     vm: Receiver<Result<NewVm, HostError>>,
     host: Receiver<Result<Host, HostError>>,
-    thread: Thread,
+    thread: SpareThread,
 }
 
 /// The first thing that is there.
@@ -48,9 +46,6 @@ struct NewVm {
     fd: VmFd,
     max_vcpus: u32,
 }
-
-/// The thread, which is waited for.
-struct Thread(Option<JoinHandle<()>>);
 
 impl HeadStart {
     /// Opens `/dev/kvm` and begins. Whatever goes wrong there is reported by
@@ -62,34 +57,9 @@ impl HeadStart {
     pub fn begin() -> io::Result<Self> {
         let (vm_sender, vm) = sync_channel(1);
         let (host_sender, host) = sync_channel(1);
-        let thread = Builder::new()
-            .name("kiln-start".to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn(move || make(&vm_sender, &host_sender))?;
-        Ok(Self {
-            vm,
-            host,
-            thread: Thread(Some(thread)),
-        })
-    }
-
-    /// Waits for the virtual machine, and leaves the rest to be waited for.
-    fn vm(self) -> Result<(NewVm, ComingHost), BuildError> {
-        let vm = self.vm.recv().unwrap_or_else(gone)?;
-        let host = ComingHost {
-            receiver: self.host,
-            thread: self.thread,
-        };
-        Ok((vm, host))
-    }
-}
-
-impl Drop for Thread {
-    fn drop(&mut self) {
-        if let Some(thread) = self.0.take() {
-            // A panic of it is told of by its channels.
-            let _ = thread.join();
-        }
+        let thread = SpareThread::start()?;
+        thread.run(move || make(&vm_sender, &host_sender));
+        Ok(Self { vm, host, thread })
     }
 }
 
@@ -124,18 +94,13 @@ impl fmt::Debug for HeadStart {
     }
 }
 
-/// A host that is still being asked.
-struct ComingHost {
-    receiver: Receiver<Result<Host, HostError>>,
-    thread: Thread,
-}
-
 /// Where a machine that is being built has its host and its VM fd from.
 pub(crate) struct Source {
     vm: Option<NewVm>,
     max_vcpus: u32,
     host: Option<Arc<Host>>,
-    coming: Option<ComingHost>,
+    coming: Option<Receiver<Result<Host, HostError>>>,
+    thread: Option<SpareThread>,
 }
 
 impl Source {
@@ -145,12 +110,13 @@ impl Source {
         head_start: Option<HeadStart>,
     ) -> Result<Self, BuildError> {
         if let (None, Some(head_start)) = (host, head_start) {
-            let (vm, coming) = head_start.vm()?;
+            let vm = head_start.vm.recv().unwrap_or_else(gone)?;
             return Ok(Self {
                 max_vcpus: vm.max_vcpus,
                 vm: Some(vm),
                 host: None,
-                coming: Some(coming),
+                coming: Some(head_start.host),
+                thread: Some(head_start.thread),
             });
         }
         let host = match host {
@@ -162,6 +128,7 @@ impl Source {
             max_vcpus: host.max_vcpus(),
             host: Some(host),
             coming: None,
+            thread: None,
         })
     }
 
@@ -170,17 +137,18 @@ impl Source {
     }
 
     /// The host, which is waited for where it is still being asked.
-    pub(crate) fn host(&mut self) -> Result<&Host, BuildError> {
+    pub(crate) fn host(&mut self) -> Result<&Arc<Host>, BuildError> {
         let host = match (self.host.take(), self.coming.take()) {
             (Some(host), _) => host,
-            (None, Some(coming)) => {
-                let host = coming.receiver.recv().unwrap_or_else(gone)?;
-                drop(coming.thread);
-                Arc::new(host)
-            }
+            (None, Some(coming)) => Arc::new(coming.recv().unwrap_or_else(gone)?),
             (None, None) => Arc::new(Host::open()?),
         };
         Ok(self.host.insert(host))
+    }
+
+    /// The thread that was started first, for the machine's first vCPU.
+    pub(crate) fn take_thread(&mut self) -> Option<SpareThread> {
+        self.thread.take()
     }
 
     /// A VM fd of its own for the machine.

@@ -1,11 +1,13 @@
 //! vCPUs, from their creation to the state they start in.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
 
 use kiln_arch::cpuid::{self, Topology};
 use kiln_arch::{boot::EntryPoint, lapic, msr, regs};
 use kiln_device_api::VcpuBus;
-use kiln_vcpu_manager::{EndHooks, KickSignal, VcpuManager, VcpuOptions};
+use kiln_vcpu_manager::{EndHooks, KickSignal, SpareThread, VcpuManager, VcpuOptions};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
@@ -17,48 +19,87 @@ use crate::{BuildError, HandleError, Host};
 /// The vCPUs of a machine that has not started.
 pub(crate) struct Vcpus {
     fds: Vec<VcpuFd>,
+    /// For the first of them.
+    thread: Option<SpareThread>,
     kick_signal: KickSignal,
     thread_name: String,
 }
 
-impl Vcpus {
-    /// Creates the vCPUs. The first one starts at `entry`; the others wait for the guest to start
-    /// them.
-    pub(crate) fn create(
-        host: &Host,
-        vm: &KvmVm,
+/// vCPUs that are being created.
+pub(crate) struct ComingVcpus {
+    fds: Receiver<Result<Vec<VcpuFd>, BuildError>>,
+    thread: Option<SpareThread>,
+}
+
+impl ComingVcpus {
+    /// Creates the vCPUs, on this thread if it is given: they need not be waited for while the
+    /// guest's memory is filled.
+    pub(crate) fn begin(
+        thread: Option<SpareThread>,
+        host: &Arc<Host>,
+        vm: &Arc<KvmVm>,
         topology: &Topology,
+    ) -> Self {
+        let (sender, fds) = sync_channel(1);
+        match &thread {
+            Some(thread) => {
+                let (host, vm, topology) = (Arc::clone(host), Arc::clone(vm), *topology);
+                thread.run(move || drop(sender.send(create(&host, &vm, &topology))));
+            }
+            None => drop(sender.send(create(host, vm, topology))),
+        }
+        Self { fds, thread }
+    }
+
+    /// The vCPUs. The first one starts at `entry`; the others wait for the guest to start them.
+    pub(crate) fn enter_at(
+        self,
         entry: EntryPoint,
         kick_signal: KickSignal,
         thread_name: String,
-    ) -> Result<Self, BuildError> {
-        let mut fds = Vec::new();
-        let msrs = msr::boot_msrs(host.msrs());
-        let memory_type = msr::default_memory_type();
-        for (index, apic_id) in (0..).zip(topology.apic_ids()) {
-            let fd = vm.create_vcpu(apic_id)?;
-            let cpuid = cpuid::for_vcpu(host.supported_cpuid(), topology, index)?;
-            fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-            set_msrs(&fd, &msrs)?;
-            if !host.msrs().contains(&memory_type.index) {
-                // A KVM that does not list it takes it all the same; Linux does without it.
-                let _ = set_msrs(&fd, &[memory_type]);
-            }
-            let mut apic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
-            lapic::set_local_pins(&mut apic);
-            fd.set_lapic(&apic).map_err(failed("KVM_SET_LAPIC"))?;
-            if index == 0 {
-                set_entry(&fd, entry)?;
-            }
-            fds.push(fd);
+    ) -> Result<Vcpus, BuildError> {
+        let gone = |_| {
+            Err(BuildError::Kvm {
+                request: "KVM_CREATE_VCPU",
+                source: io::Error::other("the thread that creates them has ended"),
+            })
+        };
+        let fds = self.fds.recv().unwrap_or_else(gone)?;
+        if let Some(first) = fds.first() {
+            set_entry(first, entry)?;
         }
-        Ok(Self {
+        Ok(Vcpus {
             fds,
+            thread: self.thread,
             kick_signal,
             thread_name,
         })
     }
+}
 
+/// Creates the vCPUs, in the state after a reset but for what firmware would have set up.
+fn create(host: &Host, vm: &KvmVm, topology: &Topology) -> Result<Vec<VcpuFd>, BuildError> {
+    let mut fds = Vec::new();
+    let msrs = msr::boot_msrs(host.msrs());
+    let memory_type = msr::default_memory_type();
+    for (index, apic_id) in (0..).zip(topology.apic_ids()) {
+        let fd = vm.create_vcpu(apic_id)?;
+        let cpuid = cpuid::for_vcpu(host.supported_cpuid(), topology, index)?;
+        fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        set_msrs(&fd, &msrs)?;
+        if !host.msrs().contains(&memory_type.index) {
+            // A KVM that does not list it takes it all the same; Linux does without it.
+            let _ = set_msrs(&fd, &[memory_type]);
+        }
+        let mut apic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        lapic::set_local_pins(&mut apic);
+        fd.set_lapic(&apic).map_err(failed("KVM_SET_LAPIC"))?;
+        fds.push(fd);
+    }
+    Ok(fds)
+}
+
+impl Vcpus {
     pub(crate) fn fds(&self) -> &[VcpuFd] {
         &self.fds
     }
@@ -79,7 +120,13 @@ impl Vcpus {
             ..VcpuOptions::default()
         };
         let bus: Arc<dyn VcpuBus> = machine.buses();
-        Ok(VcpuManager::start(self.fds, bus, options, hooks)?)
+        Ok(VcpuManager::start_on(
+            self.thread,
+            self.fds,
+            bus,
+            options,
+            hooks,
+        )?)
     }
 }
 

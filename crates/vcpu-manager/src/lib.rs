@@ -9,6 +9,7 @@
 //! | module | what lives there |
 //! |---|---|
 //! | `manager` | [`VcpuManager`]: start, pause, resume, stop, wait |
+//! | `spare` | [`SpareThread`]: a thread that is there before its vCPU |
 //! | `options` | [`VcpuOptions`], [`EndHooks`] |
 //! | `end` | [`MachineEnd`], [`Crash`], [`CrashCause`]: how a machine ends |
 //! | `counters` | [`ExitCounts`] |
@@ -116,6 +117,7 @@ mod options;
 mod run_page;
 mod shared;
 mod signal;
+mod spare;
 mod vcpu;
 
 pub use counters::ExitCounts;
@@ -124,3 +126,4 @@ pub use error::Error;
 pub use manager::VcpuManager;
 pub use options::{EndHook, EndHooks, ReadMemory, VcpuOptions};
 pub use signal::KickSignal;
+pub use spare::SpareThread;

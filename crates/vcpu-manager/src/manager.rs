@@ -11,10 +11,11 @@ use kvm_ioctls::VcpuFd;
 use crate::run_page::RunPage;
 use crate::shared::{Goal, Shared, State, Vcpu, lock, vcpu_id};
 use crate::signal::VcpuSignalMask;
-use crate::{EndHooks, Error, ExitCounts, KickSignal, MachineEnd, VcpuOptions, vcpu};
+use crate::signal::set_own_name;
+use crate::{EndHooks, Error, ExitCounts, KickSignal, MachineEnd, SpareThread, VcpuOptions, vcpu};
 
 /// The stack of a vCPU thread, in bytes. Devices answer on it; they keep their buffers on the heap.
-const STACK_SIZE: usize = 256 * 1024;
+pub(crate) const STACK_SIZE: usize = 256 * 1024;
 
 /// Runs the vCPUs of one machine, each on a thread of its own with a stack of 256 KiB.
 ///
@@ -49,6 +50,22 @@ impl VcpuManager {
         options: VcpuOptions,
         hooks: EndHooks,
     ) -> Result<Self, Error> {
+        Self::start_on(None, vcpus, bus, options, hooks)
+    }
+
+    /// Like [`start`](Self::start), with a thread that is there already for the first vCPU. It gets
+    /// the name and the signal mask that a new one would have.
+    ///
+    /// # Errors
+    ///
+    /// As [`start`](Self::start).
+    pub fn start_on(
+        first: Option<SpareThread>,
+        vcpus: Vec<VcpuFd>,
+        bus: Arc<dyn VcpuBus>,
+        options: VcpuOptions,
+        hooks: EndHooks,
+    ) -> Result<Self, Error> {
         if vcpus.is_empty() {
             return Err(Error::NoVcpus);
         }
@@ -71,7 +88,7 @@ impl VcpuManager {
             read_memory,
         } = options;
         let shared = Arc::new(Shared::new(vcpus, bus, read_memory, kick_signal, hooks));
-        let threads = spawn(&shared, kick_signal, &thread_name)?;
+        let threads = spawn(first, &shared, kick_signal, &thread_name)?;
         if start_paused {
             drop(shared.wait_until(None, |state| shared.all_parked(state)));
         } else {
@@ -256,7 +273,12 @@ fn at_rest(state: &State) -> bool {
 }
 
 /// Starts all threads, or none: where one fails, those before it, which are parked, end.
-fn spawn(shared: &Arc<Shared>, kick: KickSignal, name: &str) -> Result<Vec<JoinHandle<()>>, Error> {
+fn spawn(
+    first: Option<SpareThread>,
+    shared: &Arc<Shared>,
+    kick: KickSignal,
+    name: &str,
+) -> Result<Vec<JoinHandle<()>>, Error> {
     let _mask = VcpuSignalMask::set(kick).map_err(|source| Error::Signal {
         signal: kick.number(),
         source,
@@ -264,7 +286,18 @@ fn spawn(shared: &Arc<Shared>, kick: KickSignal, name: &str) -> Result<Vec<JoinH
     // The standard library panics at a zero byte in a name.
     let name = name.replace('\0', "");
     let mut threads: Vec<JoinHandle<()>> = Vec::with_capacity(shared.vcpus.len());
-    for index in 0..shared.vcpus.len() {
+    let spare = first.and_then(|spare| {
+        let name = format!("{name}0");
+        let body = vcpu::thread_body(Arc::clone(shared), 0);
+        spare.finish_with(Box::new(move || {
+            // It went well on this thread's starter a moment ago.
+            let _ = VcpuSignalMask::keep(kick);
+            set_own_name(&name);
+            body();
+        }))
+    });
+    threads.extend(spare);
+    for index in threads.len()..shared.vcpus.len() {
         let thread = Builder::new()
             .name(format!("{name}{index}"))
             .stack_size(STACK_SIZE)

@@ -159,6 +159,23 @@ impl VcpuSignalMask {
     }
 }
 
+impl VcpuSignalMask {
+    /// Gives the current thread this mask for good.
+    pub(crate) fn keep(kick: KickSignal) -> io::Result<()> {
+        Self::set(kick).map(std::mem::forget)
+    }
+}
+
+/// Names the current thread, by the first 15 bytes of this.
+pub(crate) fn set_own_name(name: &str) {
+    let mut bytes = [0; 16];
+    for (to, from) in bytes.iter_mut().take(15).zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the name ends in a zero byte, and this thread lives.
+    unsafe { libc::pthread_setname_np(libc::pthread_self(), bytes.as_ptr()) };
+}
+
 impl Drop for VcpuSignalMask {
     fn drop(&mut self) {
         // SAFETY: `previous` is the valid mask that this thread had before.
