@@ -1,18 +1,17 @@
 //! `kiln check`: can this host run guests, and if not, why.
 
 use std::fs::OpenOptions;
-use std::process::ExitCode;
 
 use anyhow::Error;
 use kiln_vmm::{Execution, Host};
 
-pub(crate) fn check() -> Result<ExitCode, Error> {
+pub(crate) fn check() -> Result<u8, Error> {
     let host = match Host::open() {
         Ok(host) => host,
         Err(error) => {
             let error = Error::new(error);
             row("KVM", &format!("no: {error:#}"));
-            return Ok(ExitCode::from(crate::FAILED));
+            return Ok(crate::FAILED);
         }
     };
     row("KVM", "ok: /dev/kvm opens and has all that Kiln needs");
@@ -32,11 +31,11 @@ pub(crate) fn check() -> Result<ExitCode, Error> {
     match execution {
         Execution::Hardware => {
             println!("This host runs Linux guests.");
-            Ok(ExitCode::SUCCESS)
+            Ok(crate::SUCCESS)
         }
         Execution::Emulated => {
             println!("This host does not run Linux guests.");
-            Ok(ExitCode::from(crate::FAILED))
+            Ok(crate::FAILED)
         }
     }
 }

@@ -11,20 +11,19 @@
 //! | `run` | `kiln run` |
 //! | `metrics` | `--metrics`: the file that the machine's metrics are written to |
 //! | `supervise` | waiting for the end, and for signals |
-//! | `memory` | the allocator's settings |
+//! | `process` | how the process begins and ends |
 //! | `check` | `kiln check` |
 //! | `terminal` | raw mode and the escape sequence |
+#![cfg_attr(not(test), no_main)]
 
 mod args;
 mod check;
 mod config;
-mod memory;
 mod metrics;
+mod process;
 mod run;
 mod supervise;
 mod terminal;
-
-use std::process::ExitCode;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -33,13 +32,32 @@ use tracing_subscriber::EnvFilter;
 use args::{Cli, Command};
 use kiln_vmm::HeadStart;
 
+/// All went well.
+const SUCCESS: u8 = 0;
 /// The virtual machine could not be built or run, or this host cannot run guests.
 const FAILED: u8 = 1;
 /// The command line is wrong.
 const USAGE: u8 = 2;
 
-fn main() -> ExitCode {
-    memory::share_one_heap();
+/// Called by the C library; the arguments are the standard library's business.
+// SAFETY: the program has no other `main`: its own is left out by `no_main`.
+#[cfg(not(test))]
+#[unsafe(no_mangle)]
+extern "C" fn main(
+    _count: std::ffi::c_int,
+    _arguments: *const *const std::ffi::c_char,
+) -> std::ffi::c_int {
+    process::run(kiln)
+}
+
+/// Tests have a `main` of their own.
+#[cfg(test)]
+fn main() {
+    std::process::exit(process::run(kiln));
+}
+
+/// The program; gives its exit code.
+fn kiln() -> u8 {
     // KVM makes a machine while we find out which one is wanted.
     let is_run = std::env::args_os().nth(1).is_some_and(|word| word == "run");
     let head_start = is_run.then(|| HeadStart::begin().ok()).flatten();
@@ -55,18 +73,18 @@ fn main() -> ExitCode {
     result.unwrap_or_else(|error| {
         // One line: what was attempted, and why it failed.
         eprintln!("kiln: {error:#}");
-        ExitCode::from(FAILED)
+        FAILED
     })
 }
 
 /// Help goes to the standard output; an error is one line.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(error: &clap::Error) -> u8 {
     if matches!(
         error.kind(),
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
     ) {
         let _ = error.print();
-        return ExitCode::SUCCESS;
+        return SUCCESS;
     }
     let text = error.to_string();
     let mut lines = text
@@ -81,7 +99,7 @@ fn usage(error: &clap::Error) -> ExitCode {
         message.push_str(line);
     }
     eprintln!("kiln: {message} (see `kiln run --help`)");
-    ExitCode::from(USAGE)
+    USAGE
 }
 
 fn log_to_stderr() {

@@ -1,7 +1,6 @@
 //! `kiln run`: from arguments to a machine, and from its end to an exit code.
 
 use std::io;
-use std::process::ExitCode;
 use std::thread;
 
 use anyhow::{Context, Error};
@@ -17,7 +16,7 @@ use crate::metrics::{Follower, MetricsFile};
 use crate::supervise::Signals;
 use crate::terminal::{self, Escape, RawMode};
 
-pub(crate) fn run(args: Run, head_start: Option<HeadStart>) -> Result<ExitCode, Error> {
+pub(crate) fn run(args: Run, head_start: Option<HeadStart>) -> Result<u8, Error> {
     // A bad description is refused before the terminal or a signal is touched.
     let metrics = MetricsFile::from_args(&args.metrics)?;
     let kernel_cache = kernel_cache(args.no_kernel_cache);
@@ -135,16 +134,16 @@ fn on_keys(keyboard: io::PipeWriter, handle: VmHandle) -> Result<(), Error> {
 }
 
 /// Says how the machine ended, and gives the exit code that stands for it.
-fn report(exit: &VmExit) -> ExitCode {
+fn report(exit: &VmExit) -> u8 {
     eprintln!("kiln: {exit}{}", hint(exit));
-    ExitCode::from(match exit {
+    match exit {
         VmExit::Shutdown => 0,
         VmExit::Reset => 3,
         VmExit::GuestPanic => 4,
         VmExit::Crash(crash) if crash.cause == CrashCause::TripleFault => 5,
         VmExit::Stopped => 7,
         _ => 6,
-    })
+    }
 }
 
 /// What to know about an instruction that KVM could not emulate.
