@@ -1,22 +1,21 @@
-//! The device: what it offers, its configuration, and what lives on the I/O thread.
+//! The device: what it offers, its configuration, and the pairs of queues that it consists of.
 
 use std::fmt;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
-use kiln_io_thread::{EventSet, IoEvent, Registrar};
+use kiln_io_thread::IoThreadSet;
 use kiln_virtio_device::{
-    ActivateError, Activation, ActiveQueue, InterruptEvent, QueueError, QueueHandler, Turn,
-    VirtioDevice, VirtioInterrupt, Worker, read_config_bytes,
+    ActivateError, Activation, ActiveQueue, VirtioDevice, Worker, read_config_bytes,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net as raw;
 
-use super::features::{GUEST_CSUM, GUEST_LARGE, MAC, MRG_RXBUF, MTU, STATUS};
-use super::receive::{ReceiveMode, Receiver, Wait};
-use super::transmit::transmit;
-use super::{MacAddress, NetBackend, features};
+use super::commands::Commands;
+use super::features::{self, CONTROL, CTRL_GUEST_OFFLOADS, GUEST_CSUM, MAC, MQ};
+use super::features::{GUEST_OFFLOADS, MRG_RXBUF, MTU, STATUS};
+use super::pair::PairHandler;
+use super::shared::{NetControl, NetState, Shared};
+use super::{MacAddress, NetBackend, NetCounters};
 
 /// The header in front of every packet (virtio 1.3, section 5.1.6).
 pub(super) const HEADER_BYTES: usize = 12;
@@ -24,17 +23,26 @@ pub(super) const HEADER_BYTES: usize = 12;
 pub(super) const MAX_PACKET: usize = HEADER_BYTES + 14 + 4 + 65536;
 
 const QUEUE_SIZE: u16 = 256;
-const RECEIVE: u16 = 0;
-const TRANSMIT: u16 = 1;
-/// The least MTU that a device may tell of (virtio 1.3, section 5.1.4.1).
+/// The most pairs of queues: each takes two interrupt vectors, of which a machine has not so many.
+pub(super) const MAX_PAIRS: u16 = 64;
+/// The least MTU that a device should tell of (virtio 1.3, section 5.1.4.1).
 const MIN_MTU: u16 = 1280;
-const LINK_UP: u16 = raw::VIRTIO_NET_S_LINK_UP as u16;
+
+/// The configuration up to and with `mtu` (virtio 1.3, section 5.1.4): the address, the status, the
+/// number of pairs of queues, the MTU.
+const CONFIG_BYTES: usize = 12;
 
 /// How a network device is to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NetOptions {
     /// The device's address; by default that which the network has for it, or a random one.
     pub mac: Option<MacAddress>,
+    /// The number of pairs of queues, from 1 to 64, each of which can be worked on by a thread of
+    /// its own; by default as many as the network has, which for most is one. The driver uses one
+    /// until it asks for more.
+    pub queue_pairs: Option<u16>,
+    /// The largest payload of a frame in bytes, at least 1280; by default that of the network.
+    pub mtu: Option<u16>,
 }
 
 /// Why a network device could not be made.
@@ -47,6 +55,32 @@ pub enum NetError {
         /// What was given.
         mac: MacAddress,
     },
+    /// There are too few or too many pairs of queues.
+    #[error("give a network device {pairs} pairs of queues: it can have 1 to {MAX_PAIRS}")]
+    QueuePairs {
+        /// What was given.
+        pairs: u16,
+    },
+    /// The network has fewer pairs of queues.
+    #[error("give a network device {pairs} pairs of queues: have another one of its network")]
+    AddQueuePair {
+        /// What was given.
+        pairs: u16,
+        /// What the network said.
+        source: io::Error,
+    },
+    /// The MTU is too small.
+    #[error("give a network device an MTU of {mtu} bytes: it is to have at least {MIN_MTU}")]
+    Mtu {
+        /// What was given.
+        mtu: u16,
+    },
+    /// The state is not one that a device with these options can be in.
+    #[error("restore a network device: {reason}")]
+    State {
+        /// What is wrong with it.
+        reason: &'static str,
+    },
     /// There are no random numbers.
     #[error("choose a random MAC address")]
     Random(#[source] io::Error),
@@ -55,105 +89,173 @@ pub enum NetError {
     Memory(#[source] kiln_memory::Error),
 }
 
-/// What a network device has done since it was made. Bytes are those of frames.
-#[derive(Debug, Default)]
-pub struct NetCounters {
-    /// Packets given to the driver.
-    pub rx_packets: AtomicU64,
-    /// The bytes of these.
-    pub rx_bytes: AtomicU64,
-    /// Packets that were too large or too small for the driver.
-    pub rx_dropped: AtomicU64,
-    /// Errors of the network, and buffers of the driver of no use.
-    pub rx_errors: AtomicU64,
-    /// Packets that the network took.
-    pub tx_packets: AtomicU64,
-    /// The bytes of these.
-    pub tx_bytes: AtomicU64,
-    /// Packets that the network did not take.
-    pub tx_dropped: AtomicU64,
-}
-
-/// A virtio network device with one pair of queues.
+/// A virtio network device.
 ///
-/// Its state is in the transport's state and in its options; a packet on its way when the device
-/// is stopped may be lost, as on any wire.
+/// Each pair of queues, one to receive and one to transmit, is worked on by one of the device's
+/// threads in turn; the thread of the first has the control queue, too.
 pub struct Net {
-    worker: Worker<NetHandler>,
-    counters: Arc<NetCounters>,
+    pairs: Vec<Worker<PairHandler>>,
+    shared: Arc<Shared>,
+    queue_sizes: Vec<u16>,
     features: u64,
+    /// The address that a driver finds after a reset.
     mac: MacAddress,
-    config: [u8; CONFIG_BYTES],
-    /// The link's status, in the configuration.
-    status: Arc<AtomicU16>,
+    mtu: Option<u16>,
 }
-
-/// The configuration up to and with `mtu` (virtio 1.3, section 5.1.4).
-const CONFIG_BYTES: usize = 12;
-/// Where the link's status is in it.
-const STATUS_BYTES: std::ops::Range<usize> = 6..8;
 
 impl Net {
     /// A device with this network.
     ///
     /// # Errors
     ///
-    /// [`NetError`] where the options cannot be, or the system gives no memory or random numbers.
+    /// [`NetError`] where the options cannot be, the network has fewer queues, or the system gives
+    /// no memory or random numbers.
     pub fn new(backend: impl NetBackend, options: NetOptions) -> Result<Self, NetError> {
-        let mac = match options.mac {
+        let mac = match options.mac.or_else(|| backend.mac()) {
             Some(mac) if mac.is_unicast() => mac,
             Some(mac) => return Err(NetError::Mac { mac }),
-            None => match backend.mac() {
-                Some(mac) => mac,
-                None => MacAddress::random().map_err(NetError::Random)?,
-            },
+            None => MacAddress::random().map_err(NetError::Random)?,
         };
-        let mtu = backend.mtu().filter(|mtu| *mtu >= MIN_MTU);
-        let mut features = MAC | MRG_RXBUF | STATUS | features::of_offloads(backend.offloads());
-        let mut config = [0; CONFIG_BYTES];
-        config[0..6].copy_from_slice(&mac.bytes());
-        // 8..10 is the number of queue pairs, which is not offered.
-        if let Some(mtu) = mtu {
-            features |= MTU;
-            config[10..12].copy_from_slice(&mtu.to_le_bytes());
+        Self::with_state(Box::new(backend), mac, &options, NetState::new(mac))
+    }
+
+    /// The device as it was when `state` was taken. The options are to be those that it was made
+    /// with, and the same address: without one that is the state's.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and where the state is not one of such a device.
+    pub fn from_state(
+        backend: impl NetBackend,
+        options: NetOptions,
+        state: &NetState,
+    ) -> Result<Self, NetError> {
+        let mac = options.mac.unwrap_or(state.mac);
+        for mac in [mac, state.mac] {
+            if !mac.is_unicast() {
+                return Err(NetError::Mac { mac });
+            }
         }
-        let counters = Arc::new(NetCounters::default());
-        let status = Arc::new(AtomicU16::new(LINK_UP));
-        let handler = NetHandler {
-            backend: Box::new(backend),
-            status: Arc::clone(&status),
-            interrupt: None,
-            on_failure: None,
-            receiver: Receiver::new().map_err(NetError::Memory)?,
-            counters: Arc::clone(&counters),
-            watched: false,
+        Self::with_state(Box::new(backend), mac, &options, state.clone())
+    }
+
+    fn with_state(
+        mut backend: Box<dyn NetBackend>,
+        mac: MacAddress,
+        options: &NetOptions,
+        state: NetState,
+    ) -> Result<Self, NetError> {
+        let pairs = options.queue_pairs.unwrap_or(backend.queue_pairs());
+        if !(1..=MAX_PAIRS).contains(&pairs) {
+            return Err(NetError::QueuePairs { pairs });
+        }
+        let mtu = match options.mtu {
+            Some(mtu) if mtu < MIN_MTU => return Err(NetError::Mtu { mtu }),
+            Some(mtu) => Some(mtu),
+            None => backend.mtu().filter(|mtu| *mtu >= MIN_MTU),
         };
+        let features = offered(&*backend, pairs, mtu);
+        check_state(&state, pairs, features)?;
+        let mut backends = Vec::new();
+        for _ in 1..pairs {
+            let another = backend.add_queue_pair();
+            backends.push(another.map_err(|source| NetError::AddQueuePair { pairs, source })?);
+        }
+        let shared = Arc::new(Shared::new(state));
+        let workers = std::iter::once(backend).chain(backends).zip(0..);
+        let workers: Result<Vec<_>, _> = workers
+            .map(|(backend, pair)| {
+                PairHandler::new(pair, backend, Arc::clone(&shared)).map(Worker::new)
+            })
+            .collect();
         Ok(Self {
-            worker: Worker::new(handler),
-            counters,
+            pairs: workers.map_err(NetError::Memory)?,
+            shared,
+            queue_sizes: vec![QUEUE_SIZE; 2 * usize::from(pairs) + 1],
             features,
             mac,
-            config,
-            status,
+            mtu,
         })
+    }
+
+    /// The state, for [`from_state`](Self::from_state).
+    pub fn state(&self) -> NetState {
+        self.shared.state()
     }
 
     /// Calls `on_failure` with the reason each time when the network behind the device fails
     /// ([`NetBackend::failure`]), on an I/O thread. To be set before the device is active.
     pub fn on_failure(&mut self, on_failure: impl Fn(&str) + Send + 'static) {
-        if let Some(handler) = self.worker.handler_mut() {
+        if let Some(handler) = self.pairs.first_mut().and_then(Worker::handler_mut) {
             handler.on_failure = Some(Box::new(on_failure));
         }
     }
 
-    /// The device's address.
+    /// The device's address, which the driver can change while it works.
     pub fn mac(&self) -> MacAddress {
         self.mac
     }
 
+    /// How many pairs of queues it has.
+    pub fn queue_pairs(&self) -> u16 {
+        // At most `MAX_PAIRS`.
+        self.pairs.len() as u16
+    }
+
+    /// The host's side of the device.
+    pub fn control(&self) -> NetControl {
+        NetControl {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
     /// What the device has done, to be looked at while it works.
     pub fn counters(&self) -> Arc<NetCounters> {
-        Arc::clone(&self.counters)
+        Arc::clone(&self.shared.counters)
+    }
+
+    /// The control queue's index: it is behind the pairs, of which a driver that did not agree on
+    /// several knows one (virtio 1.3, section 5.1.2).
+    fn control_queue(&self, features: u64) -> u16 {
+        let pairs = if features & MQ == 0 {
+            1
+        } else {
+            self.queue_pairs()
+        };
+        2 * pairs
+    }
+}
+
+/// The features that a device with this network offers.
+fn offered(backend: &dyn NetBackend, pairs: u16, mtu: Option<u16>) -> u64 {
+    let mut features = MAC | MRG_RXBUF | STATUS | CONTROL;
+    features |= features::of_offloads(backend.offloads());
+    if features & GUEST_CSUM == 0 {
+        features &= !CTRL_GUEST_OFFLOADS;
+    }
+    if pairs > 1 {
+        features |= MQ;
+    }
+    if mtu.is_some() {
+        features |= MTU;
+    }
+    features
+}
+
+/// A state may come from a file.
+fn check_state(state: &NetState, pairs: u16, features: u64) -> Result<(), NetError> {
+    let wrong = |reason| Err(NetError::State { reason });
+    if !(1..=pairs).contains(&state.queue_pairs) {
+        return wrong("it has not as many pairs of queues as its driver uses");
+    }
+    if !state.filter.is_valid() {
+        return wrong("no driver can have set such filters");
+    }
+    match state.offloads {
+        Some(offloads) if offloads & !(features & GUEST_OFFLOADS) != 0 => {
+            wrong("it has not the offloads that its driver uses")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -167,7 +269,7 @@ impl VirtioDevice for Net {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE; 2]
+        &self.queue_sizes
     }
 
     /// Features need those that they build on (virtio 1.3, section 5.1.3.1).
@@ -176,20 +278,61 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut config = self.config;
-        config[STATUS_BYTES].copy_from_slice(&self.status.load(Ordering::Acquire).to_le_bytes());
+        let (mac, status) = self.shared.mac_and_status();
+        let mut config = [0; CONFIG_BYTES];
+        config[0..6].copy_from_slice(&mac.bytes());
+        config[6..8].copy_from_slice(&status.to_le_bytes());
+        if self.features & MQ != 0 {
+            config[8..10].copy_from_slice(&self.queue_pairs().to_le_bytes());
+        }
+        config[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
         read_config_bytes(&config, offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        if let Some(handler) = self.worker.handler_mut() {
-            handler.interrupt = Some(Arc::clone(&activation.interrupt));
+        let control = self.control_queue(activation.features);
+        let pair_of = |queue: u16| match queue {
+            queue if queue == control => 0,
+            queue => usize::from(queue / 2),
+        };
+        let kicks = activation.queues.iter();
+        let commands = Commands {
+            queue: control,
+            pairs: self.queue_pairs(),
+            wakes: kicks
+                .filter(|queue| queue.index != control && queue.index % 2 == 0)
+                .map(|queue| Arc::clone(&queue.kick))
+                .collect(),
+        };
+        if let Some(first) = self.pairs.first_mut().and_then(Worker::handler_mut) {
+            first.commands = Some(commands);
         }
-        self.worker.activate(activation)
+        self.shared.connect(Arc::clone(&activation.interrupt));
+        let threads = activation.io.len();
+        let parts = activation.split(self.pairs.len(), pair_of);
+        let mut result = Ok(());
+        for (pair, (worker, mut part)) in self.pairs.iter_mut().zip(parts).enumerate() {
+            if part.queues.is_empty() {
+                if let Some(handler) = worker.handler_mut() {
+                    handler.rest();
+                }
+                continue;
+            }
+            // Both queues of a pair are on one thread.
+            part.io = IoThreadSet::from(part.io.get(pair % threads).clone());
+            // All are tried, so that each has its queues and gives them back.
+            result = result.and(worker.activate(part));
+        }
+        result
     }
 
     fn deactivate(&mut self) -> Vec<ActiveQueue> {
-        self.worker.deactivate()
+        self.shared.disconnect();
+        self.pairs.iter_mut().flat_map(Worker::deactivate).collect()
+    }
+
+    fn reset(&mut self) {
+        self.shared.reset(self.mac);
     }
 }
 
@@ -197,108 +340,8 @@ impl fmt::Debug for Net {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Net")
             .field("mac", &self.mac)
-            .field("counters", &self.counters)
+            .field("queue_pairs", &self.queue_pairs())
+            .field("counters", &self.shared.counters)
             .finish_non_exhaustive()
-    }
-}
-
-/// Called with the reason when the network fails.
-type OnFailure = Box<dyn Fn(&str) + Send>;
-
-/// What lives on the I/O thread: the network.
-struct NetHandler {
-    backend: Box<dyn NetBackend>,
-    receiver: Receiver,
-    counters: Arc<NetCounters>,
-    /// Packets from the network are waited for.
-    watched: bool,
-    status: Arc<AtomicU16>,
-    interrupt: Option<Arc<dyn VirtioInterrupt>>,
-    on_failure: Option<OnFailure>,
-}
-
-impl NetHandler {
-    /// The token of what says that there is room for packets to be sent.
-    const ROOM: u32 = Self::FIRST_TOKEN + 1;
-
-    /// Tells the driver when the network goes and comes.
-    fn follow_link(&mut self) {
-        let failure = self.backend.failure();
-        let status = if failure.is_none() { LINK_UP } else { 0 };
-        if self.status.swap(status, Ordering::AcqRel) == status {
-            return;
-        }
-        match failure {
-            Some(reason) => {
-                tracing::warn!("the link is down: {reason}");
-                if let Some(on_failure) = &self.on_failure {
-                    on_failure(reason);
-                }
-            }
-            None => tracing::info!("the link is up again"),
-        }
-        if let Some(interrupt) = &self.interrupt {
-            interrupt.trigger(InterruptEvent::Config);
-        }
-    }
-
-    /// Waits for packets only while the driver has buffers for them: a network that is ready and
-    /// not read would keep the thread busy.
-    fn wait(&mut self, wait: Wait, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
-        let watch = wait == Wait::Packets;
-        if watch != self.watched {
-            let fd = self.backend.readiness();
-            if watch {
-                registrar.add(&fd, Self::FIRST_TOKEN, EventSet::IN)?;
-            } else {
-                registrar.remove(&fd)?;
-            }
-            self.watched = watch;
-        }
-        Ok(())
-    }
-}
-
-impl QueueHandler for NetHandler {
-    fn start(&mut self, features: u64, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
-        self.watched = false;
-        self.receiver.start(ReceiveMode {
-            mergeable: features & MRG_RXBUF != 0,
-            large: features & GUEST_LARGE != 0,
-            flags: features & GUEST_CSUM != 0,
-        });
-        if let Some(fd) = self.backend.send_readiness() {
-            registrar.add(&fd, Self::ROOM, EventSet::IN)?;
-        }
-        self.backend
-            .set_offloads(features::guest_offloads(features))
-    }
-
-    fn process(
-        &mut self,
-        turn: &mut Turn<'_>,
-        registrar: &mut Registrar<'_, '_>,
-    ) -> Result<(), QueueError> {
-        match turn.index() {
-            RECEIVE => {
-                let wait = self
-                    .receiver
-                    .receive(&mut *self.backend, &self.counters, turn)?;
-                self.wait(wait, registrar)?;
-            }
-            TRANSMIT => transmit(&mut *self.backend, &self.counters, turn)?,
-            _ => {}
-        }
-        self.follow_link();
-        Ok(())
-    }
-
-    fn ready(&mut self, event: IoEvent) -> Option<u16> {
-        if event.token != Self::ROOM {
-            return Some(RECEIVE);
-        }
-        // The driver need not have enabled the queue.
-        self.backend.flush();
-        Some(TRANSMIT)
     }
 }

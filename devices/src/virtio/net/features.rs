@@ -11,6 +11,24 @@ pub(super) const MAC: u64 = 1 << raw::VIRTIO_NET_F_MAC;
 pub(super) const MRG_RXBUF: u64 = 1 << raw::VIRTIO_NET_F_MRG_RXBUF;
 pub(super) const STATUS: u64 = 1 << raw::VIRTIO_NET_F_STATUS;
 
+pub(super) const CTRL_GUEST_OFFLOADS: u64 = 1 << raw::VIRTIO_NET_F_CTRL_GUEST_OFFLOADS;
+pub(super) const CTRL_VQ: u64 = 1 << raw::VIRTIO_NET_F_CTRL_VQ;
+pub(super) const CTRL_RX: u64 = 1 << raw::VIRTIO_NET_F_CTRL_RX;
+pub(super) const CTRL_VLAN: u64 = 1 << raw::VIRTIO_NET_F_CTRL_VLAN;
+pub(super) const CTRL_RX_EXTRA: u64 = 1 << raw::VIRTIO_NET_F_CTRL_RX_EXTRA;
+pub(super) const GUEST_ANNOUNCE: u64 = 1 << raw::VIRTIO_NET_F_GUEST_ANNOUNCE;
+pub(super) const MQ: u64 = 1 << raw::VIRTIO_NET_F_MQ;
+pub(super) const CTRL_MAC_ADDR: u64 = 1 << raw::VIRTIO_NET_F_CTRL_MAC_ADDR;
+
+/// What every device offers that has to do with its control queue.
+pub(super) const CONTROL: u64 = CTRL_VQ
+    | CTRL_GUEST_OFFLOADS
+    | CTRL_RX
+    | CTRL_VLAN
+    | CTRL_RX_EXTRA
+    | GUEST_ANNOUNCE
+    | CTRL_MAC_ADDR;
+
 const GUEST_TSO4: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO4;
 const GUEST_TSO6: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO6;
 const GUEST_ECN: u64 = 1 << raw::VIRTIO_NET_F_GUEST_ECN;
@@ -26,12 +44,16 @@ const HOST_USO: u64 = 1 << raw::VIRTIO_NET_F_HOST_USO;
 /// With any of these, packets for the driver may be larger than the MTU.
 pub(super) const GUEST_LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO | GUEST_USO4 | GUEST_USO6;
 
+/// What a driver can turn on and off while it runs (virtio 1.3, section 5.1.6.5.6).
+pub(super) const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_ECN | GUEST_LARGE;
+
 /// Features, and those of which they need one (virtio 1.3, section 5.1.3.1).
-const NEEDS: [(u64, u64); 4] = [
+const NEEDS: [(u64, u64); 5] = [
     (HOST_TSO4 | HOST_TSO6 | HOST_UFO | HOST_USO, CSUM),
     (HOST_ECN, HOST_TSO4 | HOST_TSO6),
     (GUEST_LARGE, GUEST_CSUM),
     (GUEST_ECN, GUEST_TSO4 | GUEST_TSO6),
+    ((CONTROL | MQ) & !CTRL_VQ, CTRL_VQ),
 ];
 
 /// Whether these features have what they build on.

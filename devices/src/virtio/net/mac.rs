@@ -54,7 +54,17 @@ impl MacAddress {
 
     /// Whether one interface alone can have this address: it is not a group's, and not zero.
     pub fn is_unicast(self) -> bool {
-        self.0[0] & 1 == 0 && self.0 != [0; 6]
+        !self.is_group() && self.0 != [0; 6]
+    }
+
+    /// Whether it is that of several interfaces.
+    pub(super) fn is_group(self) -> bool {
+        self.0[0] & 1 != 0
+    }
+
+    /// Whether it is that of all interfaces.
+    pub(super) fn is_broadcast(self) -> bool {
+        self.0 == [0xff; 6]
     }
 }
 

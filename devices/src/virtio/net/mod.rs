@@ -6,13 +6,18 @@
 //! | module | what lives there |
 //! |---|---|
 //! | `backend` | [`NetBackend`]: what a network can do; [`Offloads`] |
-//! | `tap` | [`Tap`]: a tap interface of the host |
+//! | `tap` | [`Tap`]: a tap or macvtap interface of the host |
 //! | `passt` | [`Passt`]: the host's network for the guest, without privileges |
 //! | `stream` | [`StreamSocket`]: a program at the other end of a Unix socket |
 //! | `mac` | [`MacAddress`] |
 //! | `features` | what a driver can agree on |
-//! | `device` | [`Net`]: features and configuration |
-//! | `receive`, `transmit` | the two queues |
+//! | `device` | [`Net`]: configuration, and the pairs of queues |
+//! | `shared` | what all of these have in common: [`NetState`]; [`NetControl`] |
+//! | `pair` | one pair of queues on its thread |
+//! | `receive`, `transmit` | the two queues of a pair |
+//! | `commands` | the control queue |
+//! | `filter` | [`ReceiveFilter`]: which packets a driver wants |
+//! | `counters` | [`NetCounters`] |
 //!
 //! # Example
 //!
@@ -53,11 +58,16 @@
 //! ```
 
 mod backend;
+mod commands;
+mod counters;
 mod device;
 mod features;
+mod filter;
 mod mac;
+mod pair;
 mod passt;
 mod receive;
+mod shared;
 mod stream;
 mod tap;
 #[cfg(test)]
@@ -65,10 +75,13 @@ mod tests;
 mod transmit;
 
 pub use backend::{NetBackend, Offloads};
-pub use device::{Net, NetCounters, NetError, NetOptions};
+pub use counters::NetCounters;
+pub use device::{Net, NetError, NetOptions};
+pub use filter::ReceiveFilter;
 pub use mac::{MacAddress, ParseMacAddressError};
 pub use passt::{
     IpProtocol, ParsePortForwardError, Passt, PasstError, PortForward, UserNetOptions,
 };
+pub use shared::{NetControl, NetState};
 pub use stream::{StreamError, StreamSocket};
 pub use tap::{Tap, TapError};

@@ -11,6 +11,8 @@ use kiln_virtio_device::testing::{Buffer, MockDriver, register, status, wait_unt
 use super::*;
 use crate::virtio::hostile::{Random, storm};
 
+mod control;
+
 const RX: usize = 0;
 const TX: usize = 1;
 const DATA: u64 = 0x20_0000;
@@ -82,6 +84,7 @@ struct Setup {
     peer: UnixDatagram,
     controls: Arc<Controls>,
     counters: Arc<NetCounters>,
+    control: NetControl,
 }
 
 impl Setup {
@@ -98,9 +101,10 @@ impl Setup {
         };
         let options = NetOptions {
             mac: Some(MacAddress::new([2, 1, 2, 3, 4, 5])),
+            ..Default::default()
         };
         let net = Net::new(cable, options).unwrap();
-        let counters = net.counters();
+        let (counters, control) = (net.counters(), net.control());
         let mut driver = MockDriver::new(Box::new(net));
         driver.start(features, size);
         Self {
@@ -108,6 +112,7 @@ impl Setup {
             peer,
             controls,
             counters,
+            control,
         }
     }
 
@@ -195,7 +200,7 @@ fn the_configuration_has_address_link_and_mtu() {
     assert_eq!(config[8..12], [0, 0, 0x78, 5]);
     assert_eq!(config[12..], [0; 4]);
     let offered = setup.driver.offered();
-    assert_eq!(offered & 0xff_ffff, 0x01_ffab, "{offered:#x}");
+    assert_eq!(offered & 0xff_ffff, 0xbf_ffaf, "{offered:#x}");
     assert_eq!(offered >> 50, 0b111 << 4, "{offered:#x}");
     let (socket, _peer) = UnixDatagram::pair().unwrap();
     for mac in [[1, 0, 0, 0, 0, 0], [0; 6], [0xff; 6]] {
@@ -207,6 +212,7 @@ fn the_configuration_has_address_link_and_mtu() {
         };
         let options = NetOptions {
             mac: Some(MacAddress::new(mac)),
+            ..Default::default()
         };
         assert!(matches!(
             Net::new(cable, options),

@@ -1,12 +1,12 @@
 //! From the driver to the network.
 
 use std::io;
-use std::sync::atomic::Ordering;
 
 use kiln_virtio_device::{QueueError, Turn};
 
-use super::NetBackend;
-use super::device::{HEADER_BYTES, MAX_PACKET, NetCounters};
+use super::counters::add;
+use super::device::{HEADER_BYTES, MAX_PACKET};
+use super::{NetBackend, NetCounters};
 
 /// The Ethernet header, without which there is no frame.
 const ETHERNET_BYTES: usize = 14;
@@ -34,15 +34,21 @@ pub(super) fn transmit(
             turn.put_back(chain);
             break;
         }
-        if result.is_ok() {
-            counters.tx_packets.fetch_add(1, Ordering::Relaxed);
-            let bytes = (len - HEADER_BYTES) as u64;
-            counters.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
-        } else {
-            counters.tx_dropped.fetch_add(1, Ordering::Relaxed);
+        match result {
+            Ok(()) => counters.sent(len),
+            Err(_) => add(&counters.tx_dropped, 1),
         }
         turn.complete(chain, 0)?;
     }
     backend.flush();
+    Ok(())
+}
+
+/// Drops what the driver made available: the link is down, or the driver does not use these queues.
+pub(super) fn drop_all(counters: &NetCounters, turn: &mut Turn<'_>) -> Result<(), QueueError> {
+    while let Some(chain) = turn.pop()? {
+        add(&counters.tx_dropped, 1);
+        turn.complete(chain, 0)?;
+    }
     Ok(())
 }

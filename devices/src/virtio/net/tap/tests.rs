@@ -1,11 +1,16 @@
 //! Tests on real taps, each on a thread with a network namespace of its own. They need root and
 //! `/dev/net/tun`, and say so where they have not.
 
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use kiln_virtio_device::testing::{Buffer, MockDriver, wait_until};
 
+use std::fs::OpenOptions;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use libc::{c_int, c_short, c_uint, c_ulong};
+
+use super::interface::{check, index as interface_index, request};
 use super::*;
 use crate::virtio::net::{MacAddress, Net, NetOptions};
 
@@ -144,6 +149,7 @@ fn frames_go_through_a_real_tap_both_ways() {
         let host = raw_socket("tap0");
         let options = NetOptions {
             mac: Some(MacAddress::new([2, 0, 0, 0, 0, 1])),
+            ..Default::default()
         };
         let net = Net::new(tap, options).unwrap();
         let counters = net.counters();
