@@ -14,6 +14,7 @@ use kiln_devices::legacy::serial::Serial;
 use kiln_devices::legacy::{I8042, IoApic, Rtc};
 use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_devices::virtio::block::BlockControl;
+use kiln_devices::virtio::net::NetControl;
 use kiln_io_thread::IoThreadSet;
 use kiln_memory::{GuestMemory, MemorySize};
 use kiln_virtio_device::{MmioTransport, PciTransport, VirtioDevice, VirtioTransport};
@@ -89,7 +90,7 @@ pub(crate) fn assemble(mut builder: VmBuilder) -> Result<Vm, BuildError> {
     let vcpus = vcpus.enter_at(entry, kick_signal, thread_name)?;
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports, events) = (wiring.devices, wiring.transports, wiring.events);
-    let (balloon, disks) = (wiring.balloon, wiring.disks);
+    let (balloon, disks, nets) = (wiring.balloon, wiring.disks, wiring.nets);
     // The threads were started first and are waited for last: they take their time.
     serial.connect(io.shared())?;
     io.wait_started()?;
@@ -102,6 +103,7 @@ pub(crate) fn assemble(mut builder: VmBuilder) -> Result<Vm, BuildError> {
             power_button,
             balloon,
             disks,
+            nets,
             serial,
             io,
             failure,
@@ -171,6 +173,7 @@ struct Wiring<'a> {
     counted: CountedDevices,
     balloon: Option<BalloonControl>,
     disks: Vec<BlockControl>,
+    nets: Vec<NetControl>,
     vm: &'a Arc<KvmVm>,
     routes: Arc<InterruptRoutes>,
     io: &'a mut IoPool,
@@ -201,6 +204,7 @@ impl<'a> Wiring<'a> {
             counted: CountedDevices::default(),
             balloon: None,
             disks: Vec::new(),
+            nets: Vec::new(),
             vm,
             routes: InterruptRoutes::new(Arc::clone(vm)),
             io,
@@ -308,6 +312,7 @@ impl<'a> Wiring<'a> {
             Work::Block(control) => self.disks.push(control.clone()),
             _ => {}
         }
+        self.nets.extend(member.net);
         self.counted.add(name, transport.counters(), member.work);
         let (events, device) = (Arc::clone(&self.events), name.to_owned());
         transport.on_needs_reset(Box::new(move |reason| {
@@ -407,6 +412,8 @@ struct Member {
     role: String,
     io: DeviceIo,
     work: Work,
+    /// The host's side of a network interface.
+    net: Option<NetControl>,
 }
 
 impl Member {
@@ -425,6 +432,7 @@ impl Member {
             transport,
             io: DeviceIo::default(),
             work,
+            net: None,
         }
     }
 
@@ -458,9 +466,14 @@ fn members(builder: &mut VmBuilder, events: &Arc<EventSource>) -> Result<Vec<Mem
         let (transport, io) = (net.transport, net.io.clone());
         let name = format!("net {index}");
         let device = net.into_device(&name, events)?;
+        let control = Some(device.control());
         let work = Work::Net(device.counters());
         let member = Member::new(name, device, transport, work);
-        members.push(Member { io, ..member });
+        members.push(Member {
+            io,
+            net: control,
+            ..member
+        });
     }
     if let Some(vsock) = builder.vsock.take() {
         let transport = vsock.transport;
@@ -498,6 +511,7 @@ fn members(builder: &mut VmBuilder, events: &Arc<EventSource>) -> Result<Vec<Mem
             role: format!("dev{index}"),
             io: DeviceIo::default(),
             work: Work::Other,
+            net: None,
         });
     }
     match members.get(VIRTIO_DEVICE_LIMIT) {

@@ -10,6 +10,7 @@ use kiln_device_api::{ExitRequest, panic_message};
 use kiln_devices::acpi::PowerButton;
 use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_devices::virtio::block::BlockControl;
+use kiln_devices::virtio::net::NetControl;
 use kiln_io_thread::IoHandle;
 use kiln_vcpu_manager::{EndHooks, ExitCounts, MachineEnd, VcpuManager};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -129,6 +130,7 @@ struct Running {
     power_button: PowerButton,
     balloon: Option<BalloonControl>,
     disks: Vec<BlockControl>,
+    nets: Vec<NetControl>,
     events: Arc<EventSource>,
     /// All I/O threads.
     io: Vec<IoHandle>,
@@ -149,6 +151,7 @@ impl Running {
             power_button: machine.power_button(),
             balloon: machine.balloon.clone(),
             disks: machine.disks.clone(),
+            nets: machine.nets.clone(),
             events: Arc::clone(&machine.events),
             io: machine.io.handles().cloned().collect(),
             kept: Mutex::default(),
@@ -382,6 +385,13 @@ impl VmHandle {
     /// ```
     pub fn disk(&self, index: usize) -> Option<BlockControl> {
         self.inner.running.disks.get(index).cloned()
+    }
+
+    /// The host's side of the machine's network interface with this index, counted from 0 in the
+    /// order in which the builder was given them: to plug its cable out and in, and to see what the
+    /// guest has made of it.
+    pub fn net(&self, index: usize) -> Option<NetControl> {
+        self.inner.running.nets.get(index).cloned()
     }
 
     /// Stops the machine, whatever the guest does. The machine then ended with

@@ -10,6 +10,7 @@ use kiln_devices::acpi::PowerButton;
 use kiln_devices::legacy::serial::Serial;
 use kiln_devices::virtio::balloon::BalloonControl;
 use kiln_devices::virtio::block::BlockControl;
+use kiln_devices::virtio::net::NetControl;
 use kiln_memory::GuestMemory;
 use kiln_virtio_device::VirtioTransport;
 use tracing::Span;
@@ -42,6 +43,7 @@ pub(crate) struct Machine {
     pub(crate) power_button: PowerButton,
     pub(crate) balloon: Option<BalloonControl>,
     pub(crate) disks: Vec<BlockControl>,
+    pub(crate) nets: Vec<NetControl>,
     pub(crate) serial: Arc<Serial>,
     /// Dropping it joins the threads.
     pub(crate) io: IoPool,

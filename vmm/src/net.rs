@@ -23,7 +23,8 @@ pub struct Net {
 }
 
 impl Net {
-    /// An interface on a tap interface of the host that exists (`ip tuntap add NAME mode tap`).
+    /// An interface on a tap interface of the host that exists (`ip tuntap add NAME mode tap`), or
+    /// on a macvtap interface, whose address it has then.
     ///
     /// # Errors
     ///
@@ -75,6 +76,27 @@ impl Net {
         Ok(Self::new(StreamSocket::from_fd(socket)?))
     }
 
+    /// The same on a tap interface that is created where there is none of that name, which takes
+    /// `CAP_NET_ADMIN`. It is up, has this MTU where one is given, no address and no bridge, and is
+    /// removed with the machine.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Tap`] as for [`tap`](Self::tap), and where it may not be created.
+    pub fn create_tap(name: &str, mtu: Option<u16>) -> Result<Self, BuildError> {
+        Ok(Self::new(Tap::create(name, mtu)?))
+    }
+
+    /// An interface on a tap that somebody else has opened, with `IFF_TAP`, `IFF_NO_PI` and
+    /// `IFF_VNET_HDR`: one file descriptor for each pair of queues.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Tap`] where they are not that.
+    pub fn tap_fds(fds: impl IntoIterator<Item = OwnedFd>) -> Result<Self, BuildError> {
+        Ok(Self::new(Tap::from_fds(fds)?))
+    }
+
     /// An interface with a backend of your own.
     pub fn new(backend: impl NetBackend) -> Self {
         Self {
@@ -85,9 +107,25 @@ impl Net {
         }
     }
 
-    /// The interface's address in the guest; a random one by default.
+    /// The interface's address in the guest; by default that which the backend has for it, or a
+    /// random one.
     pub fn mac(mut self, address: MacAddress) -> Self {
         self.options.mac = Some(address);
+        self
+    }
+
+    /// How many pairs of queues it has, from 1 to 64: a guest with as many vCPUs uses one on each.
+    /// A tap is to be created for that (`ip tuntap add NAME mode tap multi_queue`). By default it
+    /// is one, or as many as file descriptors were given.
+    pub fn queues(mut self, pairs: u16) -> Self {
+        self.options.queue_pairs = Some(pairs);
+        self
+    }
+
+    /// The largest payload of a frame in bytes, at least 1280, that the guest takes for its
+    /// interface; by default that of the tap. What is behind it has to carry that much.
+    pub fn mtu(mut self, bytes: u16) -> Self {
+        self.options.mtu = Some(bytes);
         self
     }
 

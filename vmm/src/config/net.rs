@@ -5,6 +5,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kiln_devices::virtio::net::Tap;
 use serde::{Deserialize, Serialize};
 
 #[cfg(test)]
@@ -14,14 +15,21 @@ use crate::{
     BuildError, CpuList, IoThreads, MacAddress, Net, PortForward, Transport, UserNetOptions,
 };
 
-/// A network interface. One of `tap`, `user`, `socket` and `socket_fd` says what is behind it.
+/// A network interface. One of `tap`, `fds`, `user`, `socket` and `socket_fd` says what is behind it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(default, deny_unknown_fields)]
 pub struct NetConfig {
-    /// The name of a tap interface that exists.
+    /// The name of a tap or macvtap interface.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// Whether a tap interface of that name is created where there is none, and removed with the
+    /// machine. It takes CAP_NET_ADMIN.
+    pub create: bool,
+    /// The numbers of file descriptors of the process that are open on a tap, with IFF_TAP,
+    /// IFF_NO_PI and IFF_VNET_HDR: one for each pair of queues.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fds: Vec<RawFd>,
     /// The host's own network, by passt, which takes no privileges; an empty table for the way out
     /// alone.
     #[serde(
@@ -42,7 +50,17 @@ pub struct NetConfig {
     /// connected to again. Not given, it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reconnect: Option<NonZeroU32>,
-    /// The interface's address in the guest, such as 06:00:00:00:00:01. Not given, it is random.
+    /// The number of pairs of queues. Not given, it is 1, or as many as there are descriptors of a
+    /// tap.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(range(min = 1, max = 64)))]
+    pub queues: Option<u16>,
+    /// The largest payload of a frame in bytes. Not given, it is that of the tap.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(range(min = 1280)))]
+    pub mtu: Option<u16>,
+    /// The interface's address in the guest, such as 06:00:00:00:00:01. Not given, it is that of a
+    /// macvtap, or random.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(schema_with = "schema::mac_address"))]
     pub mac: Option<MacAddress>,
@@ -58,6 +76,9 @@ pub struct NetConfig {
     #[cfg_attr(test, schemars(schema_with = "schema::cpu_list"))]
     pub io_affinity: Option<CpuList>,
 }
+
+/// What is to be said of an interface.
+const ONE_OF: &str = "it needs one of `tap`, `fds`, `user`, `socket` and `socket_fd`";
 
 /// A network by passt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +133,14 @@ impl NetConfig {
             Some(mac) => net.mac(mac),
             None => net,
         };
+        let net = match self.queues {
+            Some(pairs) => net.queues(pairs),
+            None => net,
+        };
+        let net = match self.mtu {
+            Some(bytes) => net.mtu(bytes),
+            None => net,
+        };
         let net = match self.io_threads {
             Some(threads) => net.io_threads(threads),
             None => net,
@@ -132,7 +161,16 @@ impl NetConfig {
         if self.reconnect.is_some() && self.socket.is_none() {
             return wrong("`reconnect` is for a `socket`, which is a path");
         }
+        if self.create && self.tap.is_none() {
+            return wrong("`create` is for a `tap`");
+        }
+        let others = (&self.user, &self.socket, self.socket_fd);
+        if !self.fds.is_empty() && self.tap.is_none() && others == (&None, &None, None) {
+            return Ok(Net::new(Tap::from_fd_numbers(&self.fds)?));
+        }
         match (&self.tap, &self.user, &self.socket, self.socket_fd) {
+            _ if !self.fds.is_empty() => wrong(ONE_OF),
+            (Some(tap), None, None, None) if self.create => Net::create_tap(tap, self.mtu),
             (Some(tap), None, None, None) => Net::tap(tap),
             (None, Some(user), None, None) => Net::user(&user.clone().into()),
             (None, None, Some(path), None) => {
@@ -140,7 +178,7 @@ impl NetConfig {
                 Net::socket(path, seconds.map(Duration::from_secs))
             }
             (None, None, None, Some(number)) => Net::socket_fd(inherited(number)?),
-            _ => wrong("it needs one of `tap`, `user`, `socket` and `socket_fd`"),
+            _ => wrong(ONE_OF),
         }
     }
 }

@@ -265,7 +265,7 @@ fn an_unknown_key_is_refused_with_its_line_and_the_nearest_one() {
     );
     refused(
         "[[nets]]\ntap = \"t\"\ntpa = 1",
-        &["line 3", "nets[0]", "`tpa`", "`tap`", "of tap, user"],
+        &["line 3", "nets[0]", "`tpa`", "`tap`", "of tap, create"],
     );
     refused(
         "[[console.ports]]\nname = \"a\"\nsockets = \"b\"",
@@ -417,6 +417,38 @@ fn what_cannot_be_opened_is_refused_as_by_the_builder() {
         with_net.builder().unwrap_err().to_string(),
         crate::Net::tap("kilnabsent0").unwrap_err().to_string()
     );
+    for (net, said) in [
+        (NetConfig::default(), "it needs one of `tap`, `fds`"),
+        (
+            NetConfig {
+                create: true,
+                ..NetConfig::default()
+            },
+            "`create` is for a `tap`",
+        ),
+        (
+            NetConfig {
+                tap: Some("t".into()),
+                fds: vec![3],
+                ..NetConfig::default()
+            },
+            "it needs one of",
+        ),
+        (
+            NetConfig {
+                fds: vec![-1],
+                ..NetConfig::default()
+            },
+            "file descriptor -1",
+        ),
+    ] {
+        let config = VmConfig {
+            nets: vec![net],
+            ..VmConfig::default()
+        };
+        let error = config.builder().unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
     let with_serial = VmConfig {
         serial: Some(SerialConfig::File("/nonexistent/log".into())),
         ..VmConfig::default()
@@ -445,7 +477,7 @@ fn a_network_interface_has_one_thing_behind_it() {
         let config = VmConfig::from_toml(&format!("[[nets]]\n{text}")).unwrap();
         config.builder().unwrap_err().to_string()
     };
-    let one_of = "one of `tap`, `user`, `socket` and `socket_fd`";
+    let one_of = "one of `tap`, `fds`, `user`, `socket` and `socket_fd`";
     for (text, said) in [
         ("", one_of),
         ("tap = \"t\"\nsocket = \"s\"", one_of),

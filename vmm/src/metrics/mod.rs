@@ -190,6 +190,9 @@ pub struct NetMetrics {
     pub rx_dropped: u64,
     /// Errors of the network, and buffers of the driver of no use.
     pub rx_errors: u64,
+    /// Packets that the guest does not want: its filters are against them, or the link is down.
+    #[serde(default)]
+    pub rx_filtered: u64,
     /// Packets that the network took.
     pub tx_packets: u64,
     /// The bytes of these.

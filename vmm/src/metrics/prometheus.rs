@@ -206,6 +206,10 @@ fn net_families(text: &mut Text<'_>) {
     text.devices("kiln_net_errors_total", help, |device| {
         device.net.as_ref().map(|net| net.rx_errors)
     });
+    let help = "Packets that the guest does not want, or that came while the link was down.";
+    text.devices("kiln_net_filtered_packets_total", help, |device| {
+        device.net.as_ref().map(|net| net.rx_filtered)
+    });
 }
 
 fn vsock_families(text: &mut Text<'_>) {

@@ -182,6 +182,7 @@ fn net(from: &NetCounters) -> NetMetrics {
         rx_bytes: get(&from.rx_bytes),
         rx_dropped: get(&from.rx_dropped),
         rx_errors: get(&from.rx_errors),
+        rx_filtered: get(&from.rx_filtered),
         tx_packets: get(&from.tx_packets),
         tx_bytes: get(&from.tx_bytes),
         tx_dropped: get(&from.tx_dropped),

@@ -11,7 +11,7 @@ use super::{cpu_list, on_or_off, parse, split_options, transport};
 pub(crate) struct NetArg(pub(crate) NetConfig);
 
 /// The options that say what is behind an interface; one of them comes.
-const BACKENDS: &str = "`tap=NAME`, `user`, `socket=PATH` and `socket-fd=N`";
+const BACKENDS: &str = "`tap=NAME`, `fd=N`, `user`, `socket=PATH` and `socket-fd=N`";
 
 impl FromStr for NetArg {
     type Err = String;
@@ -23,6 +23,10 @@ impl FromStr for NetArg {
         for option in split_options(text) {
             if option == "user" {
                 is_user = true;
+                continue;
+            }
+            if option == "create" {
+                net.create = true;
                 continue;
             }
             let Some((name, value)) = option.split_once('=') else {
@@ -42,6 +46,7 @@ impl FromStr for NetArg {
         }
         let given = [
             net.tap.is_some(),
+            !net.fds.is_empty(),
             net.user.is_some(),
             net.socket.is_some(),
             net.socket_fd.is_some(),
@@ -56,19 +61,18 @@ impl FromStr for NetArg {
 fn unknown(option: &str) -> String {
     format!(
         "unknown network option `{option}`: there are {BACKENDS}; `forward=PROTOCOL:PORT`, \
-         `host-loopback=on|off` and `passt=PATH` for `user`; `reconnect=SECONDS` for `socket`; and \
-         `mac=MAC`, `transport=pci|mmio`, `io-threads=shared|device|queue` and `io-affinity=CPUS`"
+         `host-loopback=on|off` and `passt=PATH` for `user`; `reconnect=SECONDS` for `socket`; `create` \
+         for `tap`; and `queues=N`, `mac=MAC`, `mtu=BYTES`, `transport=pci|mmio`, `io-threads=shared|device|queue` and `io-affinity=CPUS`"
     )
 }
 
 fn set_backend(net: &mut NetConfig, name: &str, value: &str) -> Result<bool, String> {
     match name {
         "tap" => net.tap = Some(value.to_owned()),
+        "fd" => net.fds.push(descriptor(value)?),
         "socket" => net.socket = Some(value.into()),
         "socket-fd" => {
-            let number = value.parse().ok().filter(|number| *number >= 0);
-            let number = number.ok_or_else(|| format!("`{value}` is no file descriptor"))?;
-            net.socket_fd = Some(number);
+            net.socket_fd = Some(descriptor(value)?);
         }
         "reconnect" => {
             let seconds = value.parse();
@@ -79,6 +83,11 @@ fn set_backend(net: &mut NetConfig, name: &str, value: &str) -> Result<bool, Str
         _ => return Ok(false),
     }
     Ok(true)
+}
+
+fn descriptor(text: &str) -> Result<i32, String> {
+    let number = text.parse().ok().filter(|number| *number >= 0);
+    number.ok_or_else(|| format!("`{text}` is no file descriptor"))
 }
 
 fn set_user(user: &mut UserNetConfig, name: &str, value: &str) -> Result<bool, String> {
@@ -93,6 +102,8 @@ fn set_user(user: &mut UserNetConfig, name: &str, value: &str) -> Result<bool, S
 
 fn set_common(net: &mut NetConfig, name: &str, value: &str) -> Result<bool, String> {
     match name {
+        "queues" => net.queues = Some(parse(value)?),
+        "mtu" => net.mtu = Some(parse(value)?),
         "mac" => net.mac = Some(value.parse().map_err(|e| format!("`{value}`: {e}"))?),
         "transport" => net.transport = Some(transport(value)?),
         "io-threads" => net.io_threads = Some(parse(value)?),
@@ -135,6 +146,24 @@ mod tests {
             "tap=t,socket-fd=-1",
         ] {
             assert!(text.parse::<NetArg>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_tap_can_have_queues_be_created_and_be_handed_over() {
+        let made = net("tap=t,create,queues=4,mtu=9000");
+        assert!(made.create);
+        assert_eq!((made.queues, made.mtu), (Some(4), Some(9000)));
+        assert_eq!(net("fd=3,fd=4").fds, [3, 4]);
+        for (text, said) in [
+            ("fd=3,tap=t", "one of"),
+            ("fd=-1", "`-1` is no file descriptor"),
+            ("tap=t,queues=65536", "`65536`"),
+            ("tap=t,mtu=x", "`x`"),
+            ("tap=t,create=on", "unknown network option `create=on`"),
+        ] {
+            let error = text.parse::<NetArg>().unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
         }
     }
 

@@ -264,3 +264,103 @@ fn delete_link(index: c_uint) {
         &answer[..len]
     );
 }
+
+/// The descriptor of a tap that somebody opens to hand it over.
+fn opened(name: &str, flags: c_int) -> OwnedFd {
+    let file = interface::open_device(TUN_PATH).unwrap();
+    interface::attach(&file, &CString::new(name).unwrap(), flags).unwrap();
+    OwnedFd::from(file)
+}
+
+#[test]
+fn a_tap_that_was_opened_elsewhere_is_used_and_nothing_else_is() {
+    in_namespace(|| {
+        let flags = FLAGS | libc::IFF_MULTI_QUEUE;
+        let tap = Tap::from_fds([opened("tap0", flags), opened("tap0", flags)]).unwrap();
+        assert_eq!(tap.queue_pairs(), 2);
+        let net = Net::new(tap, NetOptions::default()).unwrap();
+        assert_eq!(net.queue_pairs(), 2);
+        let three = NetOptions {
+            queue_pairs: Some(3),
+            ..NetOptions::default()
+        };
+        let tap = Tap::from_fds([opened("tap1", flags), opened("tap1", flags)]).unwrap();
+        assert!(Net::new(tap, three).is_err());
+        let refused = |fds: Vec<OwnedFd>| Tap::from_fds(fds).unwrap_err().to_string();
+        assert!(refused(vec![]).contains("none was given"));
+        let null = File::open("/dev/null").unwrap();
+        assert!(refused(vec![null.into()]).contains("it is not open on a tap"));
+        let loose = interface::open_device(TUN_PATH).unwrap();
+        assert!(refused(vec![loose.into()]).contains("it is not open on a tap"));
+        let plain = opened("tap2", libc::IFF_TAP | libc::IFF_NO_PI);
+        assert!(refused(vec![plain]).contains("IFF_VNET_HDR"));
+        let two = vec![opened("tap3", FLAGS), opened("tap4", FLAGS)];
+        assert!(refused(two).contains("of the same interface"));
+        // By its number: it stays open.
+        let fd = opened("tap5", FLAGS);
+        let tap = Tap::from_fd_numbers(&[fd.as_raw_fd()]).unwrap();
+        drop(fd);
+        assert!(interface_index(&CString::new("tap5").unwrap()).is_some());
+        drop(tap);
+        assert!(interface_index(&CString::new("tap5").unwrap()).is_none());
+        let error = Tap::from_fd_numbers(&[12345]).unwrap_err();
+        assert!(matches!(error, TapError::NoDescriptor { fd: 12345, .. }));
+    });
+}
+
+#[test]
+fn a_created_tap_is_up_and_goes_with_its_last_queue() {
+    in_namespace(|| {
+        let name = CString::new("kilnmade0").unwrap();
+        let mut tap = Tap::create("kilnmade0", Some(9000)).unwrap();
+        assert_eq!(tap.mtu(), Some(9000));
+        let another = tap.add_queue_pair().unwrap();
+        drop(tap);
+        assert!(interface_index(&name).is_some());
+        drop(another);
+        assert_eq!(interface_index(&name), None);
+        // One that is there is used.
+        make("tap0", FLAGS);
+        let mut tap = Tap::create("tap0", Some(9000)).unwrap();
+        assert_eq!(tap.mtu(), Some(1500));
+        let error = tap.add_queue_pair().err().unwrap();
+        assert!(error.to_string().contains("it was created with one"));
+        drop(tap);
+        assert!(interface_index(&CString::new("tap0").unwrap()).is_some());
+    });
+}
+
+#[test]
+fn frames_go_through_the_queues_of_a_tap_that_the_guest_uses() {
+    in_namespace(|| {
+        let tap = Tap::create("tap0", None).unwrap();
+        let host = raw_socket("tap0");
+        let options = NetOptions {
+            queue_pairs: Some(2),
+            ..NetOptions::default()
+        };
+        let mut driver = MockDriver::new(Box::new(Net::new(tap, options).unwrap()));
+        // The control queue, and several pairs.
+        driver.start(1 << 17 | 1 << 22, 64);
+        for pairs in [1, 2, 1, 2] {
+            driver.fill(TX_DATA, &[4, 0, pairs, 0]);
+            let command = [Buffer::readable(TX_DATA, 4), Buffer::writable(DATA, 1)];
+            assert_eq!(driver.request(4, &command), 1);
+            assert_eq!(driver.bytes(DATA, 1), [0]);
+            for pair in 0..usize::from(pairs) {
+                let sent = frame(200, pairs + pair as u8);
+                driver.fill(TX_DATA, &[0; 12]);
+                driver.fill(TX_DATA + 12, &sent);
+                let buffers = [Buffer::readable(TX_DATA, 212)];
+                assert_eq!(driver.request(2 * pair + 1, &buffers), 0);
+                let mut seen = vec![0; 4096];
+                let len = io::Read::read(&mut &host, &mut seen).unwrap();
+                assert_eq!(seen[..len], sent);
+            }
+            if pairs == 1 {
+                // There is one queue alone that it can come to.
+                to_guest(&mut driver, &host, &frame(300, 9));
+            }
+        }
+    });
+}
