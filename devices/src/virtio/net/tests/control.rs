@@ -358,12 +358,15 @@ fn the_cable_is_plugged_out_and_in() {
     assert_eq!(status(&setup), 1);
 }
 
+/// What the pairs of a network were told last.
+type Enabled = Arc<Mutex<Vec<Option<bool>>>>;
+
 /// A network with several pairs of queues, each a socket of its own.
 struct Hub {
     sockets: Vec<UnixDatagram>,
     cable: UnixDatagram,
     pair: usize,
-    enabled: Arc<Mutex<Vec<Option<bool>>>>,
+    enabled: Enabled,
 }
 
 impl Hub {
@@ -425,10 +428,7 @@ impl NetBackend for Hub {
     }
 }
 
-fn with_pairs(
-    pairs: usize,
-    features: u64,
-) -> (MockDriver, Vec<UnixDatagram>, Arc<Mutex<Vec<Option<bool>>>>) {
+fn with_pairs(pairs: usize, features: u64) -> (MockDriver, Vec<UnixDatagram>, Enabled) {
     let (hub, peers) = Hub::new(pairs);
     let enabled = Arc::clone(&hub.enabled);
     let mut driver = MockDriver::new(Box::new(Net::new(hub, NetOptions::default()).unwrap()));
