@@ -24,6 +24,7 @@
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
 //! | `tests/linux_console.rs` | Linux guests on a virtio console, with named ports and random numbers |
 //! | `tests/linux_vsock.rs` | Linux guests that talk to programs of the host |
+//! | `tests/linux_net_user.rs` | Linux guests on the host's own network, without privileges |
 //! | `tests/linux_balloon.rs` | Linux guests whose memory gets back to the host |
 //! | `tests/linux_library.rs` | the library with several of them at once |
 
@@ -51,6 +52,9 @@ mod documentation {
 
     #[doc = include_str!("../../docs/console.md")]
     struct Consoles;
+
+    #[doc = include_str!("../../docs/net-user.md")]
+    struct UserNetworks;
 
     #[doc = include_str!("../../docs/vsock.md")]
     struct Vsock;

@@ -64,6 +64,7 @@ pub struct Linux {
     image: PathBuf,
     cmdline: String,
     args: Vec<OsString>,
+    under: Vec<OsString>,
 }
 
 impl Linux {
@@ -91,6 +92,7 @@ impl Linux {
             image: kernel.bzimage.clone(),
             cmdline: "console=ttyS0 quiet panic=-1".to_owned(),
             args: vec!["--transport".into(), transport.to_string().into()],
+            under: Vec::new(),
         }
     }
 
@@ -114,6 +116,12 @@ impl Linux {
     /// Adds an argument of `kiln run`.
     pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.args.push(arg.into());
+        self
+    }
+
+    /// Has another program start `kiln`: a program and its arguments, to which the command is added.
+    pub fn under(mut self, words: &[&str]) -> Self {
+        self.under = words.iter().map(Into::into).collect();
         self
     }
 
@@ -154,7 +162,11 @@ impl Linux {
         args.push("--cmdline".into());
         args.push(self.cmdline.clone().into());
         args.extend(self.args.iter().cloned());
-        Program::start(program::kiln(), &args)
+        let mut words = self.under.clone();
+        words.push(program::kiln().into());
+        words.append(&mut args);
+        let program = words.remove(0);
+        Program::start(program, &words)
     }
 
     /// Runs the guest to its end.
