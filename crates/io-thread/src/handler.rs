@@ -22,8 +22,9 @@ pub trait IoHandler: Send + 'static {
     /// [`IoHandle::attach`](crate::IoHandle::attach).
     fn start(&mut self, registrar: &mut Registrar<'_, '_>) -> io::Result<()>;
 
-    /// One of the file descriptors is ready. Readiness is level-triggered: a handler that leaves a
-    /// descriptor ready is called again at once.
+    /// One of the file descriptors is ready. Readiness is level-triggered, unless the descriptor was
+    /// added with `EventSet::EDGE_TRIGGERED`: a handler that leaves a descriptor ready is called
+    /// again at once.
     fn ready(&mut self, event: IoEvent, registrar: &mut Registrar<'_, '_>);
 }
 

@@ -199,6 +199,35 @@ impl<'m> GuestBuffers<'m> {
         Ok(tail)
     }
 
+    /// Cuts off the last byte, and gives it; `None` where there is none.
+    pub fn split_last_byte(&mut self) -> Option<GuestSlice<'m>> {
+        let last = self.slices.get_mut(self.taken..)?.last_mut()?;
+        let at = last.len().checked_sub(1)?;
+        let (front, byte) = last.split_at(at).ok()?;
+        *last = front;
+        if at == 0 {
+            self.slices.pop();
+        }
+        self.len -= 1;
+        Some(byte)
+    }
+
+    /// How many pieces there is room for.
+    pub(crate) fn room(&self) -> usize {
+        self.slices.capacity()
+    }
+
+    /// The same room for pieces without a piece, for buffers of other RAM.
+    pub(crate) fn into_room<'other>(mut self) -> GuestBuffers<'other> {
+        self.slices.clear();
+        GuestBuffers {
+            // The standard library uses the allocation again for what has the same layout.
+            slices: self.slices.into_iter().filter_map(|_| None).collect(),
+            taken: 0,
+            len: 0,
+        }
+    }
+
     fn check(&self, wanted: usize) -> Result<(), ShortBuffer> {
         if wanted > self.len {
             return Err(ShortBuffer {

@@ -24,7 +24,7 @@
 //! | `mmio` | [`MmioTransport`] |
 //! | `pci` | [`PciTransport`], a function on a [PCI bus](kiln_pci) |
 //! | `buffers` | [`GuestBuffers`]: descriptor chains as slices of guest RAM, with no copy |
-//! | `worker` | [`QueueHandler`], [`Worker`], [`Turn`] and [`Chain`] |
+//! | `worker` | [`QueueHandler`], [`Worker`], [`Turn`], [`Chain`] and [`InFlight`] |
 //! | `simple` | [`SimpleDevice`] |
 //! | `state` | [`CoreState`], [`MmioState`], [`PciTransportState`], [`QueueState`]: state to be stored |
 //! | `testing` | a mock driver over each transport, and an interrupt recorder (feature `test-utils`) |
@@ -69,7 +69,7 @@
 //!
 //! [`PciTransport`] has an example of a device on a PCI bus.
 #![deny(missing_docs)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod buffers;
 mod core;
@@ -99,4 +99,4 @@ pub use pci::PciTransport;
 pub use simple::SimpleDevice;
 pub use state::{CoreState, MmioState, PciTransportState, QueueState};
 pub use transport::{NeedsResetHook, VirtioTransport};
-pub use worker::{Chain, QueueError, QueueHandler, Turn, Worker};
+pub use worker::{Chain, InFlight, QueueError, QueueHandler, Turn, Worker};

@@ -1,5 +1,6 @@
 //! The work on queues, done on an I/O thread by what a device gives as a [`QueueHandler`].
 
+mod in_flight;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -17,6 +18,8 @@ use crate::{
     VirtioInterrupt,
 };
 
+pub use in_flight::InFlight;
+use in_flight::SpareChains;
 pub use turn::{Chain, Turn};
 use turn::{TurnEnd, turn_on};
 
@@ -87,6 +90,11 @@ pub trait QueueHandler: Send + 'static {
     fn drain(&mut self, turn: &mut Turn<'_>) {
         let _ = turn;
     }
+
+    /// The work on the queues has ended, after an error or a panic of the handler: what is in flight
+    /// does not return to the driver, but when this returns nothing touches its buffers any more. A
+    /// handler that keeps no [`InFlight`] has nothing to do.
+    fn abandon(&mut self) {}
 
     /// The first token for a handler's own file descriptors: those below are the queues'.
     const FIRST_TOKEN: u32 = 1 << 16;
@@ -194,6 +202,7 @@ struct Runner<H> {
     span: Span,
     start_error: Option<io::Error>,
     failed: bool,
+    spare: SpareChains,
 }
 
 struct Interrupt(Arc<dyn VirtioInterrupt>);
@@ -215,6 +224,7 @@ impl<H: QueueHandler> Runner<H> {
             span: Span::current(),
             start_error: None,
             failed: false,
+            spare: SpareChains::default(),
         }
     }
 
@@ -223,8 +233,10 @@ impl<H: QueueHandler> Runner<H> {
     }
 
     fn register(&mut self, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+        // Each write to the eventfd is told once, so nobody has to read it.
+        let kicked = EventSet::IN | EventSet::EDGE_TRIGGERED;
         for queue in &self.queues {
-            registrar.add(&*queue.kick, u32::from(queue.index), EventSet::IN)?;
+            registrar.add(&*queue.kick, u32::from(queue.index), kicked)?;
         }
         self.handler.start(self.features, registrar)
     }
@@ -237,7 +249,8 @@ impl<H: QueueHandler> Runner<H> {
         // Set while the handler runs: one that panics is not called again.
         self.failed = true;
         let handler = &mut self.handler;
-        let ended = turn_on(queue, &self.memory, &*self.interrupt.0, |turn| {
+        let (memory, spare) = (&self.memory, &mut self.spare);
+        let ended = turn_on(queue, memory, spare, &*self.interrupt.0, |turn| {
             handler.process(turn, registrar)
         });
         self.failed = ended.is_err();
@@ -257,10 +270,11 @@ impl<H: QueueHandler> Runner<H> {
     /// Lets the handler complete what is in flight; not on the I/O thread any more.
     fn drain(&mut self) {
         if self.failed {
+            self.handler.abandon();
             return;
         }
         for queue in &mut self.queues {
-            let mut turn = Turn::new(queue, &self.memory);
+            let mut turn = Turn::new(queue, &self.memory, SpareChains::default());
             self.handler.drain(&mut turn);
             turn.take_back();
             if turn.take_added().unwrap_or(false) {
@@ -283,12 +297,7 @@ impl<H: QueueHandler> IoHandler for Runner<H> {
             return;
         }
         match u16::try_from(event.token) {
-            Ok(index) => {
-                if let Some(queue) = self.queues.iter().find(|queue| queue.index == index) {
-                    let _ = queue.kick.read();
-                }
-                self.run(index, registrar);
-            }
+            Ok(index) => self.run(index, registrar),
             Err(_) => {
                 if let Some(index) = self.handler.ready(event) {
                     self.run(index, registrar);

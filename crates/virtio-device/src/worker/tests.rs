@@ -285,7 +285,7 @@ impl Bare {
     /// Makes `head` available, and gives what taking it says.
     fn pop(&mut self, head: u16) -> Result<(usize, usize), QueueError> {
         self.driver.make_available(&self.memory, head);
-        let mut turn = Turn::new(&mut self.active, &self.memory);
+        let mut turn = Turn::new(&mut self.active, &self.memory, SpareChains::default());
         let chain = turn.pop()?.unwrap();
         Ok((chain.readable.len(), chain.writable.len()))
     }
@@ -302,7 +302,8 @@ impl Bare {
         process: impl FnMut(&mut Turn<'_>) -> Result<(), QueueError>,
     ) -> (TurnEnd, usize) {
         let line = InterruptRecorder::default();
-        let end = turn_on(&mut self.active, &self.memory, &line, process).unwrap();
+        let mut spare = SpareChains::default();
+        let end = turn_on(&mut self.active, &self.memory, &mut spare, &line, process).unwrap();
         assert!(
             line.events()
                 .iter()

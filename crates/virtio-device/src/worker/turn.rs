@@ -2,6 +2,7 @@
 //! and the two kinds of notification, which are decided here and nowhere else.
 
 use std::num::Wrapping;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use kiln_memory::GuestMemory;
@@ -9,6 +10,8 @@ use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::InFlight;
+use super::in_flight::SpareChains;
 use crate::buffers::split_chain;
 use crate::counters::add_alone;
 use crate::{
@@ -37,6 +40,33 @@ pub struct Chain<'m> {
     pub writable: GuestBuffers<'m>,
 }
 
+impl<'m> Chain<'m> {
+    fn empty() -> Self {
+        Self {
+            head: 0,
+            bytes: 0,
+            readable_bytes: 0,
+            readable: GuestBuffers::new(),
+            writable: GuestBuffers::new(),
+        }
+    }
+
+    /// What completing this chain needs of it, and its room, for a turn with other memory.
+    pub(super) fn without_buffers<'other>(self) -> Chain<'other> {
+        Chain {
+            head: self.head,
+            bytes: self.bytes,
+            readable_bytes: self.readable_bytes,
+            readable: self.readable.into_room(),
+            writable: self.writable.into_room(),
+        }
+    }
+
+    fn has_room_to_keep(&self) -> bool {
+        self.readable.room() <= MAX_SPARE_PIECES && self.writable.room() <= MAX_SPARE_PIECES
+    }
+}
+
 /// How a turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TurnEnd {
@@ -54,6 +84,7 @@ pub struct Turn<'m> {
     index: u16,
     queue: &'m mut Queue,
     memory: &'m GuestMemory,
+    owner: &'m Arc<GuestMemory>,
     counters: &'m QueueCounters,
     chains_left: usize,
     bytes_left: usize,
@@ -69,13 +100,24 @@ pub struct Turn<'m> {
     spare: Vec<Chain<'m>>,
 }
 
+/// The most chains whose room is kept: those of a turn.
+const MAX_SPARE: usize = TURN_CHAINS;
+/// The most pieces that a chain that is kept has room for.
+const MAX_SPARE_PIECES: usize = 64;
+
 impl<'m> Turn<'m> {
-    pub(super) fn new(active: &'m mut ActiveQueue, memory: &'m GuestMemory) -> Self {
+    /// A turn that uses the room of `spare` chains.
+    pub(super) fn new(
+        active: &'m mut ActiveQueue,
+        memory: &'m Arc<GuestMemory>,
+        spare: SpareChains,
+    ) -> Self {
         let told = Wrapping(active.queue.next_used());
         Self {
             index: active.index,
             queue: &mut active.queue,
             memory,
+            owner: memory,
             counters: &active.counters,
             chains_left: TURN_CHAINS,
             bytes_left: TURN_BYTES,
@@ -84,13 +126,19 @@ impl<'m> Turn<'m> {
             no_more: TurnEnd::Left,
             end: TurnEnd::Left,
             told,
-            spare: Vec::new(),
+            spare: spare.into_chains(),
         }
     }
 
     /// The queue's index in the device.
     pub fn index(&self) -> u16 {
         self.index
+    }
+
+    /// The room of the chains that are left, for the next turn.
+    pub(super) fn into_spare(self) -> SpareChains {
+        let kept = self.spare.into_iter().filter(Chain::has_room_to_keep);
+        SpareChains::new(kept.take(MAX_SPARE))
     }
 
     /// The guest's RAM.
@@ -123,13 +171,7 @@ impl<'m> Turn<'m> {
             return Ok(None);
         };
         self.popped += 1;
-        let mut chain = self.spare.pop().unwrap_or_else(|| Chain {
-            head: 0,
-            bytes: 0,
-            readable_bytes: 0,
-            readable: GuestBuffers::new(),
-            writable: GuestBuffers::new(),
-        });
+        let mut chain = self.spare.pop().unwrap_or_else(Chain::empty);
         chain.head = descriptors.head_index();
         let size = self.queue.size();
         let Chain {
@@ -188,6 +230,23 @@ impl<'m> Turn<'m> {
             .store(next.0.to_le(), self.used_ring(2)?, Ordering::Release)
             .map_err(virtio_queue::Error::GuestMemory)?;
         Ok(())
+    }
+
+    /// Keeps a chain beyond this turn, for something that reads or writes its buffers and goes on by
+    /// itself. A later turn on the same queue [completes](Self::complete_in_flight) it, in whatever
+    /// order.
+    pub fn detach(&mut self, chain: Chain<'m>) -> InFlight {
+        InFlight::new(chain, self.owner)
+    }
+
+    /// Gives a chain back to the driver that was [detached](Self::detach) in this turn or one
+    /// before. Nothing may use its buffers any more.
+    ///
+    /// # Errors
+    ///
+    /// As [`complete`](Self::complete).
+    pub fn complete_in_flight(&mut self, chain: InFlight, written: u32) -> Result<(), QueueError> {
+        self.complete(chain.into_done(), written)
     }
 
     /// Puts back the chain that was popped last of those not completed or put back, untouched as
@@ -261,17 +320,19 @@ fn ring_address(ring: u64, offset: u64) -> Result<GuestAddress, virtio_queue::Er
 /// Lets `process` work on the queue for a turn, and interrupts the driver if it wants to be.
 pub(super) fn turn_on(
     queue: &mut ActiveQueue,
-    memory: &GuestMemory,
+    memory: &Arc<GuestMemory>,
+    spare: &mut SpareChains,
     interrupt: &dyn VirtioInterrupt,
     process: impl FnMut(&mut Turn<'_>) -> Result<(), QueueError>,
 ) -> Result<TurnEnd, QueueError> {
-    let mut turn = Turn::new(queue, memory);
+    let mut turn = Turn::new(queue, memory, std::mem::take(spare));
     let end = work(&mut turn, process);
     turn.take_back();
     // Also where the work ended badly: what was completed before belongs to the driver.
     if turn.take_added()? {
         interrupt.trigger(InterruptEvent::Queue(turn.index));
     }
+    *spare = turn.into_spare();
     end
 }
 
