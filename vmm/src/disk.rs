@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use kiln_devices::virtio::block::{
-    Block, BlockBackend, BlockOptions, BlockRateLimits, CacheMode, RawFile,
+    Block, BlockBackend, BlockOptions, BlockRateLimits, CacheMode, IoEngine, RawFile,
 };
 
 use crate::io_threads::DeviceIo;
@@ -101,6 +101,13 @@ impl Disk {
     /// ```
     pub fn rate_limits(mut self, limits: BlockRateLimits) -> Self {
         self.options.rate_limits = limits;
+        self
+    }
+
+    /// How an image or a block device is read and written. By default it is by io_uring where a
+    /// request would have to wait for a device, and where the host has io_uring.
+    pub fn engine(mut self, engine: IoEngine) -> Self {
+        self.options.engine = engine;
         self
     }
 

@@ -134,7 +134,7 @@ pub use kiln_devices::virtio::balloon::{
 };
 pub use kiln_devices::virtio::block::{
     BlockBackend, BlockControl, BlockCounters, BlockError, BlockProperties, BlockRateLimits,
-    CacheMode, RawFile, RawFileError,
+    CacheMode, IoEngine, RawFile, RawFileError,
 };
 pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
 pub use kiln_devices::virtio::net::{

@@ -267,6 +267,7 @@ impl std::str::FromStr for DiskArg {
                 Some(("logical-block-size", size)) => {
                     disk.logical_block_size = Some(parse(size)?);
                 }
+                Some(("engine", word)) => disk.engine = parse(word)?,
                 Some(("transport", name)) => disk.transport = Some(transport(name)?),
                 Some(("bandwidth", rate)) => disk.rate_limit.bandwidth = Some(bandwidth(rate)?),
                 Some(("iops", rate)) => disk.rate_limit.ops = Some(operations(rate)?),
@@ -284,7 +285,7 @@ impl std::str::FromStr for DiskArg {
                     return Err(format!(
                         "unknown disk option `{option}`: there are `readonly`, `id=ID`, \
                          `queues=N`, `cache=writeback|writethrough`, `direct`, \
-                         `logical-block-size=512|4096`, `transport=pci|mmio`, \
+                         `logical-block-size=512|4096`, `engine=auto|io_uring|sync`, `transport=pci|mmio`, \
                          `[read-|write-]bandwidth=BYTES[:BURST]`, `[read-|write-]iops=N[:BURST]`, \
                          `io-threads=shared|device|queue` and `io-affinity=CPUS`"
                     ));
@@ -609,7 +610,7 @@ Example:
 mod tests {
     use super::*;
     use clap::CommandFactory;
-    use kiln_vmm::CacheMode;
+    use kiln_vmm::{CacheMode, IoEngine};
 
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
@@ -622,13 +623,14 @@ mod tests {
 
     #[test]
     fn a_disk_can_be_told_how_to_work() {
-        let text = "a,queues=4,cache=writethrough,direct,logical-block-size=4096";
+        let text = "a,queues=4,cache=writethrough,direct,logical-block-size=4096,engine=io_uring";
         let expected = DiskConfig {
             path: "a".into(),
             queues: Some(4),
             cache: CacheMode::Writethrough,
             direct: true,
             logical_block_size: Some(4096),
+            engine: IoEngine::IoUring,
             ..DiskConfig::default()
         };
         assert_eq!(disk_config(text), expected);
@@ -637,6 +639,7 @@ mod tests {
             ("a,queues=65536", "`65536`"),
             ("a,cache=none", "there are `writeback` and `writethrough`"),
             ("a,logical-block-size=4k", "`4k`"),
+            ("a,engine=aio", "there are `auto`, `io_uring` and `sync`"),
             ("a,direct=maybe", "unknown disk option"),
         ] {
             let error = wrong.parse::<DiskArg>().unwrap_err();

@@ -63,6 +63,47 @@ pub(crate) fn write_all_at(
     Ok(())
 }
 
+/// Fills as much of `slices` from `fd` at `offset` bytes as is there without waiting for a device,
+/// with one call; gives the bytes, of which there are none at the end of the file.
+///
+/// # Errors
+///
+/// What the system says; `WouldBlock` where nothing is there now, `Unsupported` where it does not
+/// know.
+pub(crate) fn read_now(
+    fd: BorrowedFd<'_>,
+    slices: &[GuestSlice<'_>],
+    offset: u64,
+) -> io::Result<usize> {
+    let pieces = Pieces::behind(slices, 0).ok_or(io::ErrorKind::InvalidInput)?;
+    let (at, count) = (file_offset(offset, 0)?, pieces.count());
+    // SAFETY: as in `read_exact_at`.
+    let result =
+        unsafe { libc::preadv2(fd.as_raw_fd(), pieces.as_ptr(), count, at, libc::RWF_NOWAIT) };
+    let count = transferred(result)?.unwrap_or(0);
+    mark_written(slices, 0, count);
+    Ok(count)
+}
+
+/// Writes as much of `slices` to `fd` at `offset` bytes as can be without waiting for a device,
+/// with one call; gives the bytes.
+///
+/// # Errors
+///
+/// As for [`read_now`].
+pub(crate) fn write_now(
+    fd: BorrowedFd<'_>,
+    slices: &[GuestSlice<'_>],
+    offset: u64,
+) -> io::Result<usize> {
+    let pieces = Pieces::behind(slices, 0).ok_or(io::ErrorKind::InvalidInput)?;
+    let (at, count) = (file_offset(offset, 0)?, pieces.count());
+    // SAFETY: as in `write_all_at`.
+    let result =
+        unsafe { libc::pwritev2(fd.as_raw_fd(), pieces.as_ptr(), count, at, libc::RWF_NOWAIT) };
+    Ok(transferred(result)?.unwrap_or(0))
+}
+
 /// Reads one packet from `fd` into `slices`; gives its bytes. What does not fit is lost.
 ///
 /// # Errors
@@ -146,19 +187,17 @@ pub(crate) fn send_behind(
         iov_base: head.as_ptr().cast_mut().cast(),
         iov_len: head.len(),
     }];
-    if let Some(behind) = Pieces::behind(slices, skip) {
-        pieces.extend(behind.0);
-    }
+    each_piece(slices, skip, |piece| pieces.push(piece));
     pieces.truncate(MAX_PIECES);
-    send_pieces(fd, Pieces(pieces))
+    send_pieces(fd, Pieces::from(pieces))
 }
 
 /// Sends the pieces, which are memory that lives until this returns.
 fn send_pieces(fd: BorrowedFd<'_>, mut pieces: Pieces) -> io::Result<usize> {
     // SAFETY: zeros are a valid `msghdr`: a message without address, data and control data.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = pieces.0.as_mut_ptr();
-    message.msg_iovlen = pieces.0.len();
+    message.msg_iov = pieces.as_mut_ptr();
+    message.msg_iovlen = pieces.count;
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     loop {
         // SAFETY: as in `write_all_at`; `message` points to `pieces`, which live until the end.
@@ -192,39 +231,100 @@ fn packet_pieces(slices: &[GuestSlice<'_>]) -> io::Result<Pieces> {
 }
 
 /// The memory of slices, as the kernel takes it.
-struct Pieces(Vec<iovec>);
+struct Pieces {
+    /// All of them where they are few, without an allocation.
+    few: [iovec; FEW],
+    many: Vec<iovec>,
+    count: usize,
+}
+
+/// The pieces that need no allocation.
+const FEW: usize = 8;
+const EMPTY: iovec = iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
+
+impl From<Vec<iovec>> for Pieces {
+    fn from(many: Vec<iovec>) -> Self {
+        Self {
+            few: [EMPTY; FEW],
+            count: many.len(),
+            many,
+        }
+    }
+}
 
 impl Pieces {
     /// What of `slices` lies behind the first `skip` bytes, as much as one call takes; `None`
     /// where nothing does.
-    fn behind(slices: &[GuestSlice<'_>], mut skip: usize) -> Option<Self> {
-        let mut pieces = Vec::with_capacity(slices.len().min(MAX_PIECES));
-        for slice in slices {
-            if pieces.len() == MAX_PIECES {
-                break;
-            }
-            match slice.offset(skip) {
-                Ok(rest) if !rest.is_empty() => {
-                    let iov_base = rest.ptr_guard_mut().as_ptr().cast();
-                    pieces.push(iovec {
-                        iov_base,
-                        iov_len: rest.len(),
-                    });
-                    skip = 0;
+    fn behind(slices: &[GuestSlice<'_>], skip: usize) -> Option<Self> {
+        let mut pieces = Self {
+            few: [EMPTY; FEW],
+            many: Vec::new(),
+            count: 0,
+        };
+        if slices.len() > FEW {
+            pieces.many.reserve_exact(slices.len().min(MAX_PIECES));
+            each_piece(slices, skip, |piece| pieces.many.push(piece));
+            pieces.count = pieces.many.len();
+        } else {
+            each_piece(slices, skip, |piece| {
+                if let Some(place) = pieces.few.get_mut(pieces.count) {
+                    *place = piece;
+                    pieces.count += 1;
                 }
-                _ => skip -= slice.len().min(skip),
-            }
+            });
         }
-        (!pieces.is_empty()).then_some(Self(pieces))
+        (pieces.count > 0).then_some(pieces)
     }
 
     fn as_ptr(&self) -> *const iovec {
-        self.0.as_ptr()
+        if self.many.is_empty() {
+            self.few.as_ptr()
+        } else {
+            self.many.as_ptr()
+        }
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut iovec {
+        if self.many.is_empty() {
+            self.few.as_mut_ptr()
+        } else {
+            self.many.as_mut_ptr()
+        }
     }
 
     fn count(&self) -> c_int {
         // At most `MAX_PIECES`.
-        self.0.len() as c_int
+        self.count as c_int
+    }
+}
+
+/// Fills `pieces` with what of `slices` lies behind the first `skip` bytes, as much as one call
+/// takes.
+pub(crate) fn fill_pieces(pieces: &mut Vec<iovec>, slices: &[GuestSlice<'_>], skip: usize) {
+    pieces.clear();
+    each_piece(slices, skip, |piece| pieces.push(piece));
+}
+
+fn each_piece(slices: &[GuestSlice<'_>], mut skip: usize, mut f: impl FnMut(iovec)) {
+    let mut count = 0;
+    for slice in slices {
+        if count == MAX_PIECES {
+            break;
+        }
+        match slice.offset(skip) {
+            Ok(rest) if !rest.is_empty() => {
+                f(iovec {
+                    iov_base: rest.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: rest.len(),
+                });
+                count += 1;
+                skip = 0;
+            }
+            _ => skip -= slice.len().min(skip),
+        }
     }
 }
 
@@ -249,7 +349,7 @@ fn file_offset(offset: u64, done: usize) -> io::Result<off_t> {
 
 /// Marks `count` bytes behind the first `skip` as written in the log of dirty pages, which the
 /// kernel knows nothing of.
-fn mark_written(slices: &[GuestSlice<'_>], mut skip: usize, mut count: usize) {
+pub(crate) fn mark_written(slices: &[GuestSlice<'_>], mut skip: usize, mut count: usize) {
     for slice in slices {
         let start = skip.min(slice.len());
         let len = count.min(slice.len() - start);

@@ -81,7 +81,10 @@ impl DiskConfig {
             read: self.read_rate_limit.into(),
             write: self.write_rate_limit.into(),
         };
-        let disk = disk.cache(self.cache).direct(self.direct);
+        let disk = disk
+            .cache(self.cache)
+            .direct(self.direct)
+            .engine(self.engine);
         let mut disk = disk.rate_limits(limits);
         if let Some(id) = self.id {
             disk = disk.id(id);

@@ -64,7 +64,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BootProtocol, CacheMode, CpuList, Decompressor, IoThreads, MemoryOptions, MemorySize, Transport,
+    BootProtocol, CacheMode, CpuList, Decompressor, IoEngine, IoThreads, MemoryOptions, MemorySize,
+    Transport,
 };
 
 pub use console::{ConsolePortConfig, SerialConfig, VirtioConsoleConfig};
@@ -268,6 +269,11 @@ pub struct DiskConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(schema_with = "schema::block_size"))]
     pub logical_block_size: Option<u32>,
+    /// How the image is read and written: by io_uring where a request would have to wait for a
+    /// device, by io_uring alone, or one request behind the other.
+    #[serde(default)]
+    #[cfg_attr(test, schemars(schema_with = "schema::io_engine"))]
+    pub engine: IoEngine,
     /// Whether the image is read and written without the host's page cache (O_DIRECT).
     #[serde(default)]
     pub direct: bool,

@@ -45,6 +45,10 @@ pub(super) fn cache_mode(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "string", "enum": ["writeback", "writethrough"] })
 }
 
+pub(super) fn io_engine(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "string", "enum": ["auto", "io_uring", "sync"] })
+}
+
 pub(super) fn block_size(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": ["integer", "null"], "enum": [512, 4096, null] })
 }

@@ -53,6 +53,7 @@ fn full() -> VmConfig {
                 cache: CacheMode::Writethrough,
                 logical_block_size: Some(4096),
                 direct: true,
+                engine: IoEngine::Sync,
                 transport: Some(Transport::Pci),
                 io_threads: Some(IoThreads::Device),
                 io_affinity: Some("0-3,5".parse().unwrap()),
@@ -208,6 +209,7 @@ fn every_option_reaches_the_builder() {
         "cache: Writethrough",
         "logical_block_size: Some(4096)",
         "direct: true",
+        "engine: Sync",
     ] {
         assert!(disks[0].contains(part), "{part}: {}", disks[0]);
     }

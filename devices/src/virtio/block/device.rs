@@ -13,6 +13,7 @@ use virtio_bindings::virtio_blk as raw;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::config::{self, Config};
+use super::engine::{Engine, IoEngine};
 use super::handler::BlockHandler;
 use super::request::ID_BYTES;
 use super::shared::{Shared, Source};
@@ -63,6 +64,8 @@ pub struct BlockOptions {
     pub logical_block_size: Option<u32>,
     /// How much the driver may ask for in a time: by default any amount.
     pub rate_limits: BlockRateLimits,
+    /// How an image or a block device is read and written.
+    pub engine: IoEngine,
 }
 
 /// Why a block device could not be made, or not be told what it was told.
@@ -102,6 +105,12 @@ pub enum BlockError {
         "limit what a disk does in a time: reads and writes together, or each by themselves, but not both"
     )]
     RateLimits,
+    /// The engine cannot be had.
+    #[error("use io_uring for a disk")]
+    Engine {
+        /// Why not.
+        source: io::Error,
+    },
     /// The size of what is behind the disk cannot be had.
     #[error("look how large a disk is")]
     Refresh(#[source] io::Error),
@@ -164,10 +173,12 @@ impl Block {
             options.rate_limits,
         );
         let shared = Arc::new(shared);
-        let handler = |queue| BlockHandler::new(queue, Arc::clone(&shared));
-        let workers = (0..queues).map(|queue| Worker::new(handler(queue)));
+        let engines = Engine::for_queues(options.engine, &shared.source, queues)?;
+        let handlers = (0..)
+            .zip(engines)
+            .map(|(queue, engine)| BlockHandler::new(queue, Arc::clone(&shared), engine));
         Ok(Self {
-            workers: workers.collect(),
+            workers: handlers.map(Worker::new).collect(),
             features: features(&properties, read_only, queues),
             queue_sizes: vec![QUEUE_SIZE; usize::from(queues)],
             shared,

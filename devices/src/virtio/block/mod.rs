@@ -8,6 +8,8 @@
 //! | `config` | the configuration that the driver sees |
 //! | `request` | what the driver asks for |
 //! | `handler` | the work on a queue |
+//! | `engine` | [`IoEngine`]: who reads and writes |
+//! | `ring`, `task` | requests that the kernel works on (io_uring) |
 //! | `shared` | [`BlockControl`], and what the queues have in common |
 //! | `limits` | [`BlockRateLimits`]: how much a driver may ask for in a time |
 //! | `counters` | [`BlockCounters`] |
@@ -68,17 +70,21 @@ mod backend;
 mod config;
 mod counters;
 mod device;
+mod engine;
 mod handler;
 mod limits;
 mod raw;
 mod request;
+mod ring;
 mod shared;
+mod task;
 #[cfg(test)]
 mod tests;
 
 pub use backend::{BlockBackend, BlockProperties, SECTOR_SIZE};
 pub use counters::BlockCounters;
 pub use device::{Block, BlockError, BlockOptions, BlockState, CacheMode};
+pub use engine::IoEngine;
 pub use limits::BlockRateLimits;
 pub use raw::{RawFile, RawFileError};
 pub use shared::BlockControl;

@@ -9,14 +9,16 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use kiln_memory::GuestSlice;
 use rustix::fs::{FlockOperation, flock};
 
+use super::request::Range;
+use super::ring::Operation;
 use super::{BlockBackend, BlockProperties, SECTOR_SIZE};
-use crate::virtio::iovec::{read_exact_at, write_all_at};
+use crate::virtio::iovec::{read_exact_at, read_now, write_all_at, write_now};
 use direct::DirectIo;
 use holes::Holes;
 
@@ -92,6 +94,42 @@ struct Inner {
     holes: Holes,
     /// Set where the host's page cache is not used.
     direct: OnceLock<DirectIo>,
+    /// Reading and writing it never waits for a device.
+    in_memory: bool,
+    /// The file system does not know to write only what does not have to wait.
+    no_write_now: AtomicBool,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // The lock belongs to the open file, of which a ring that goes away may still be a user.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
+}
+
+/// What was done of a request at once.
+pub(super) enum Now {
+    /// All that there is to do, or it failed.
+    All(io::Result<()>),
+    /// So many bytes; the rest has to wait for a device.
+    Part(usize),
+}
+
+const PAGE: u64 = 4096;
+/// The most bytes that are given to the page cache of a file system that cannot say whether it
+/// would have to wait.
+const WRITE_AT_ONCE: usize = 1 << 20;
+
+fn now(result: io::Result<usize>, buffers: &[GuestSlice<'_>]) -> Now {
+    let len: usize = buffers.iter().map(|buffer| buffer.len()).sum();
+    match result {
+        Ok(count) if count == len => Now::All(Ok(())),
+        Ok(count) => Now::Part(count),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EOPNOTSUPP) => Now::Part(0),
+            _ => Now::All(Err(error)),
+        },
+    }
 }
 
 impl RawFile {
@@ -141,6 +179,8 @@ impl RawFile {
                 properties: properties::of(&file, &metadata, &holes),
                 holes,
                 direct: OnceLock::new(),
+                in_memory: properties::is_in_memory(&file),
+                no_write_now: AtomicBool::new(false),
                 file,
             }),
         })
@@ -164,6 +204,25 @@ impl RawFile {
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.inner.file.as_fd()
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// Whether reading and writing it never waits for a device.
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.inner.in_memory
+    }
+
+    fn is_direct(&self) -> bool {
+        self.inner.direct.get().is_some()
+    }
+
+    /// Whether a request for these buffers has to go through memory of our own.
+    pub(super) fn needs_copy(&self, buffers: &[GuestSlice<'_>]) -> bool {
+        let direct = self.inner.direct.get();
+        direct.is_some_and(|direct| !direct.reaches(buffers))
     }
 
     pub(super) fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
@@ -190,6 +249,66 @@ impl RawFile {
 
     pub(super) fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.inner.holes.write_zeroes(self.fd(), offset, len, unmap)
+    }
+
+    /// Whether parts of it are forgotten or made zero by operations that a ring knows.
+    pub(super) fn is_file(&self) -> bool {
+        !self.inner.holes.is_device()
+    }
+
+    pub(super) fn discard_operation(&self, range: Range) -> Operation {
+        Operation::Allocate {
+            mode: holes::PUNCH.bits() as i32,
+            offset: range.offset,
+            len: range.len,
+        }
+    }
+
+    /// How a range is made zero, where the kernel does so by itself.
+    pub(super) fn zero_operation(&self, range: Range) -> Option<Operation> {
+        let flags = self.inner.holes.zeroing(range.unmap)?;
+        Some(Operation::Allocate {
+            mode: flags.bits() as i32,
+            offset: range.offset,
+            len: range.len,
+        })
+    }
+
+    /// What can be done at once of a read, without waiting for a device.
+    pub(super) fn read_now(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> Now {
+        if self.needs_copy(buffers) {
+            return Now::All(self.read(offset, buffers));
+        }
+        if self.is_direct() {
+            return Now::Part(0);
+        }
+        now(read_now(self.fd(), buffers, offset), buffers)
+    }
+
+    /// What can be done at once of a write, without waiting for a device.
+    pub(super) fn write_now(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> Now {
+        if self.needs_copy(buffers) {
+            return Now::All(self.write(offset, buffers));
+        }
+        if self.is_direct() {
+            return Now::Part(0);
+        }
+        let no_write_now = &self.inner.no_write_now;
+        if !no_write_now.load(Ordering::Relaxed) {
+            match write_now(self.fd(), buffers, offset) {
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    no_write_now.store(true, Ordering::Relaxed);
+                }
+                result => return now(result, buffers),
+            }
+        }
+        // Whole pages go to the page cache, where nothing has to be read for them before.
+        let len: usize = buffers.iter().map(|buffer| buffer.len()).sum();
+        let pages = (offset | len as u64).is_multiple_of(PAGE);
+        if pages && len <= WRITE_AT_ONCE {
+            return Now::All(self.write(offset, buffers));
+        }
+        Now::Part(0)
     }
 
     pub(super) fn look_at_size(&self) -> io::Result<u64> {

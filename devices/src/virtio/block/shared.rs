@@ -10,6 +10,7 @@ use kiln_virtio_device::{InterruptEvent, VirtioInterrupt};
 
 use super::config::Config;
 use super::limits::Limiters;
+use super::request::{ID_BYTES, Request};
 use super::{
     BlockBackend, BlockCounters, BlockError, BlockRateLimits, CacheMode, RawFile, SECTOR_SIZE,
 };
@@ -31,39 +32,42 @@ impl Source {
         }
     }
 
-    pub(super) fn read(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+    /// Does a request, with this data where it has some.
+    pub(super) fn serve(&self, request: &Request, data: &[GuestSlice<'_>]) -> io::Result<()> {
         match self {
-            Self::Raw(file) => file.read(offset, buffers),
-            Self::Other(backend) => lock(backend)?.read_at(offset, buffers),
+            Self::Raw(file) => match request {
+                Request::Read { offset } => file.read(*offset, data),
+                Request::Write { offset } => file.write(*offset, data),
+                Request::Flush => file.sync(),
+                Request::GetId => Ok(()),
+                Request::Discard(ranges) => ranges
+                    .iter()
+                    .try_for_each(|range| file.forget(range.offset, range.len)),
+                Request::WriteZeroes(ranges) => ranges
+                    .iter()
+                    .try_for_each(|range| file.zero(range.offset, range.len, range.unmap)),
+            },
+            Self::Other(backend) => {
+                let mut backend = lock(backend)?;
+                match request {
+                    Request::Read { offset } => backend.read_at(*offset, data),
+                    Request::Write { offset } => backend.write_at(*offset, data),
+                    Request::Flush => backend.flush(),
+                    Request::GetId => Ok(()),
+                    Request::Discard(ranges) => ranges
+                        .iter()
+                        .try_for_each(|range| backend.discard(range.offset, range.len)),
+                    Request::WriteZeroes(ranges) => ranges.iter().try_for_each(|range| {
+                        backend.write_zeroes(range.offset, range.len, range.unmap)
+                    }),
+                }
+            }
         }
     }
 
-    pub(super) fn write(&self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
-        match self {
-            Self::Raw(file) => file.write(offset, buffers),
-            Self::Other(backend) => lock(backend)?.write_at(offset, buffers),
-        }
-    }
-
+    /// Makes what was written last.
     pub(super) fn flush(&self) -> io::Result<()> {
-        match self {
-            Self::Raw(file) => file.sync(),
-            Self::Other(backend) => lock(backend)?.flush(),
-        }
-    }
-
-    pub(super) fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self {
-            Self::Raw(file) => file.forget(offset, len),
-            Self::Other(backend) => lock(backend)?.discard(offset, len),
-        }
-    }
-
-    pub(super) fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        match self {
-            Self::Raw(file) => file.zero(offset, len, unmap),
-            Self::Other(backend) => lock(backend)?.write_zeroes(offset, len, unmap),
-        }
+        self.serve(&Request::Flush, &[])
     }
 
     fn refresh_size(&self) -> io::Result<u64> {
@@ -86,7 +90,7 @@ pub(super) struct Shared {
     pub(super) source: Source,
     pub(super) counters: Arc<BlockCounters>,
     pub(super) read_only: bool,
-    pub(super) id: [u8; super::request::ID_BYTES],
+    pub(super) id: [u8; ID_BYTES],
     pub(super) rate_limits: Limiters,
     /// The configuration without what changes.
     config: Config,
@@ -110,7 +114,7 @@ impl Shared {
     pub(super) fn new(
         source: Source,
         read_only: bool,
-        id: [u8; super::request::ID_BYTES],
+        id: [u8; ID_BYTES],
         config: Config,
         size: u64,
         cache: CacheMode,

@@ -10,6 +10,7 @@ use kiln_virtio_device::testing::{Buffer, MockDriver, register};
 use tempfile::NamedTempFile;
 
 mod control;
+mod engines;
 mod hostile;
 mod limits;
 mod ranges;

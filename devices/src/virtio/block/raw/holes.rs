@@ -19,6 +19,12 @@ const BLKZEROOUT: libc::Ioctl = 0x127f;
 /// The zeros that are written at once where they have to be.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
+/// A hole in a file, which keeps its length.
+pub(super) const PUNCH: FallocateFlags =
+    FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+/// Zeros that take their room.
+const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
+
 /// How a file or a block device forgets a part of itself.
 #[derive(Debug)]
 pub(super) struct Holes {
@@ -52,6 +58,22 @@ impl Holes {
             can_write_zeroes: !read_only,
             alignment: u32::try_from(alignment).unwrap_or(0),
             no_zero_range: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// How a range of a file is made zero, where the file system can do so.
+    pub(super) fn zeroing(&self, unmap: bool) -> Option<FallocateFlags> {
+        if self.is_device {
+            None
+        } else if unmap && self.can_discard {
+            Some(PUNCH)
+        } else {
+            let missing = self.no_zero_range.load(Ordering::Relaxed);
+            (!missing).then_some(ZERO)
         }
     }
 
@@ -92,8 +114,7 @@ impl Holes {
             return block_ioctl(fd, BLKZEROOUT, offset, len);
         }
         if !self.no_zero_range.load(Ordering::Relaxed) {
-            let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-            match retried(|| fallocate(fd, flags, offset, len)) {
+            match retried(|| fallocate(fd, ZERO, offset, len)) {
                 Err(error) if is_missing(error) => {
                     self.no_zero_range.store(true, Ordering::Relaxed)
                 }
@@ -109,8 +130,7 @@ fn is_missing(error: Errno) -> bool {
 }
 
 fn punch(fd: impl std::os::fd::AsFd, offset: u64, len: u64) -> Result<(), Errno> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    retried(|| fallocate(&fd, flags, offset, len))
+    retried(|| fallocate(&fd, PUNCH, offset, len))
 }
 
 /// A signal may come first.

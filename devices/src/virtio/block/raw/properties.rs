@@ -3,7 +3,7 @@
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use rustix::fs::{ioctl_blkpbszget, ioctl_blksszget};
+use rustix::fs::{fstatfs, ioctl_blkpbszget, ioctl_blksszget};
 
 use super::holes::Holes;
 use crate::virtio::block::BlockProperties;
@@ -49,4 +49,11 @@ pub(super) fn limit(metadata: &Metadata, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(format!("{folder}/queue/{name}"))
         .or_else(|_| std::fs::read_to_string(format!("{folder}/../queue/{name}")));
     text.ok()?.trim().parse().ok()
+}
+
+/// Whether a file is in memory and nowhere else.
+pub(super) fn is_in_memory(file: &File) -> bool {
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    fstatfs(file).is_ok_and(|system| matches!(system.f_type, TMPFS | RAMFS))
 }
