@@ -218,6 +218,10 @@ impl<'m> GuestBuffers<'m> {
     }
 
     /// The same room for pieces without a piece, for buffers of other RAM.
+    #[allow(
+        clippy::unnecessary_filter_map,
+        reason = "the lifetimes differ, so a filter does not do"
+    )]
     pub(crate) fn into_room<'other>(mut self) -> GuestBuffers<'other> {
         self.slices.clear();
         GuestBuffers {

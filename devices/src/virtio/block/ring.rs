@@ -124,6 +124,7 @@ impl Ring {
 
     /// Takes a request, whose operations begin with [`start`](Self::start); gives it back where
     /// there is no room.
+    #[allow(clippy::result_large_err, reason = "it is the task, given back")]
     pub(super) fn insert(&mut self, task: Task) -> Result<u16, Task> {
         let Some(index) = self.free.pop() else {
             return Err(task);
