@@ -138,8 +138,8 @@ pub use kiln_devices::virtio::block::{
 };
 pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
 pub use kiln_devices::virtio::net::{
-    IpProtocol, MacAddress, NetBackend, NetControl, NetCounters, Offloads, ParsePortForwardError,
-    PasstError, PortForward, StreamError, UserNetOptions,
+    IpProtocol, MacAddress, NetBackend, NetControl, NetCounters, NetRateLimits, Offloads,
+    ParsePortForwardError, PasstError, PortForward, StreamError, UserNetOptions,
 };
 pub use kiln_io_thread::{CpuList, CpuListError};
 pub use kiln_kernel_cache::{CacheError, KernelCache, UnpackError};

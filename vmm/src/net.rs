@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_devices::virtio::net::{
-    MacAddress, Net as NetDevice, NetBackend, NetOptions, Passt, StreamSocket, Tap, UserNetOptions,
+    MacAddress, Net as NetDevice, NetBackend, NetOptions, NetRateLimits, Passt, StreamSocket, Tap,
+    UserNetOptions,
 };
 
 use crate::events::EventSource;
@@ -126,6 +127,13 @@ impl Net {
     /// interface; by default that of the tap. What is behind it has to carry that much.
     pub fn mtu(mut self, bytes: u16) -> Self {
         self.options.mtu = Some(bytes);
+        self
+    }
+
+    /// How much it carries in a time: by default any amount. The limits of a running machine are
+    /// changed by [`VmHandle::net`](crate::VmHandle::net).
+    pub fn rate_limits(mut self, limits: NetRateLimits) -> Self {
+        self.options.rate_limits = limits;
         self
     }
 

@@ -121,6 +121,8 @@ pub(crate) struct Run {
         value_name = "tap=NAME[,create]|fd=N[,fd=N]...|user[,forward=tcp|udp:[ADDRESS:]PORT[:GUEST_PORT]]...\
                       [,host-loopback=on|off][,passt=PATH]|socket=PATH[,reconnect=SECONDS]\
                       |socket-fd=N[,queues=N][,mtu=BYTES][,mac=MAC][,transport=pci|mmio]\
+                      [,rx-bandwidth=BYTES[:BURST]][,rx-packets=N[:BURST]]\
+                      [,tx-bandwidth=BYTES[:BURST]][,tx-packets=N[:BURST]]\
                       [,io-threads=shared|device|queue][,io-affinity=CPUS]"
     )]
     pub(crate) net: Vec<NetArg>,
@@ -318,7 +320,7 @@ fn rate(text: &str, amount: fn(&str) -> Option<u64>) -> Option<RateLimitConfig> 
 }
 
 /// A limit in bytes: a number of them, or one with K, M, G or T.
-fn bandwidth(text: &str) -> Result<RateLimitConfig, String> {
+pub(crate) fn bandwidth(text: &str) -> Result<RateLimitConfig, String> {
     let bytes = |text: &str| match text.parse() {
         Ok(bytes) => Some(bytes),
         // Without a suffix, it would be so many MiB.
@@ -330,7 +332,7 @@ fn bandwidth(text: &str) -> Result<RateLimitConfig, String> {
 }
 
 /// A limit in operations.
-fn operations(text: &str) -> Result<RateLimitConfig, String> {
+pub(crate) fn operations(text: &str) -> Result<RateLimitConfig, String> {
     rate(text, |text| text.parse().ok())
         .ok_or_else(|| format!("`{text}`: say how many in a second, such as 1000 or 1000:5000"))
 }

@@ -66,8 +66,7 @@ impl RateLimiter {
         }
     }
 
-    /// Takes the bytes of work that went on before they were known.
-    #[allow(dead_code)] // Networks will.
+    /// Takes what an operation of so many bytes needs that went on before it was known.
     pub(crate) fn charge(&self, bytes: u64) {
         if self.is_limited() {
             self.line().charge(bytes, Instant::now());
@@ -156,13 +155,12 @@ impl Throttle {
         self.ask(work, limiter, throttled, registrar)
     }
 
-    /// The same for a request whose bytes are not known yet: they are to be
-    /// [charged](RateLimiter::charge) when they are.
+    /// The same for a request of which it is not known yet how many bytes it has, or whether there
+    /// is one: it is to be [charged](RateLimiter::charge) afterwards.
     ///
     /// # Errors
     ///
     /// As [`may`](Self::may).
-    #[allow(dead_code)] // Networks will.
     pub(crate) fn may_some(
         &mut self,
         limiter: &Arc<RateLimiter>,

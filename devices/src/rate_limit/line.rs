@@ -13,8 +13,8 @@ const GRACE: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Work {
     pub(super) bytes: u64,
-    /// The bytes are known only afterwards: it goes on with the first token that there is, and is
-    /// charged later.
+    /// What there is to do is known only afterwards: it goes on with the first token that there is,
+    /// and is charged later, or not at all.
     pub(super) charged_later: bool,
 }
 
@@ -88,7 +88,9 @@ impl<W: Clone + PartialEq> Line<W> {
             _ => self.time_for(work, now),
         };
         if time.is_zero() {
-            self.take(work, now);
+            if !work.charged_later {
+                self.charge(work.bytes, now);
+            }
             return Answer::Go {
                 next: self.leave(who, now),
             };
@@ -105,10 +107,12 @@ impl<W: Clone + PartialEq> Line<W> {
         }
     }
 
-    /// Takes the bytes of work that was to be charged later.
+    /// Takes what an operation of so many bytes needs.
     pub(super) fn charge(&mut self, bytes: u64, now: Instant) {
-        if let Some(bucket) = &mut self.bandwidth {
-            bucket.charge(bytes, now);
+        for (bucket, count) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.charge(count, now);
+            }
         }
     }
 
@@ -132,15 +136,6 @@ impl<W: Clone + PartialEq> Line<W> {
             }
         }
         time
-    }
-
-    fn take(&mut self, work: Work, now: Instant) {
-        if let Some(bucket) = &mut self.ops {
-            bucket.charge(1, now);
-        }
-        if !work.charged_later {
-            self.charge(work.bytes, now);
-        }
     }
 }
 

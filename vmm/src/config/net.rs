@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(test)]
 use super::schema;
-use super::table;
+use super::{RateLimitsConfig, table};
 use crate::{
-    BuildError, CpuList, IoThreads, MacAddress, Net, PortForward, Transport, UserNetOptions,
+    BuildError, CpuList, IoThreads, MacAddress, Net, NetRateLimits, PortForward, Transport,
+    UserNetOptions,
 };
 
 /// A network interface. One of `tap`, `fds`, `user`, `socket` and `socket_fd` says what is behind it.
@@ -75,6 +76,18 @@ pub struct NetConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(schema_with = "schema::cpu_list"))]
     pub io_affinity: Option<CpuList>,
+    /// How much the guest receives in a time. Not given, it is any amount.
+    #[serde(
+        deserialize_with = "table::one",
+        skip_serializing_if = "RateLimitsConfig::is_empty"
+    )]
+    pub rx_rate_limit: RateLimitsConfig,
+    /// How much it sends in a time. Not given, it is any amount.
+    #[serde(
+        deserialize_with = "table::one",
+        skip_serializing_if = "RateLimitsConfig::is_empty"
+    )]
+    pub tx_rate_limit: RateLimitsConfig,
 }
 
 /// What is to be said of an interface.
@@ -128,7 +141,11 @@ impl NetConfig {
     }
 
     pub(super) fn open(self) -> Result<Net, BuildError> {
-        let net = self.open_backend()?;
+        let limits = NetRateLimits {
+            rx: self.rx_rate_limit.into(),
+            tx: self.tx_rate_limit.into(),
+        };
+        let net = self.open_backend()?.rate_limits(limits);
         let net = match self.mac {
             Some(mac) => net.mac(mac),
             None => net,

@@ -214,6 +214,8 @@ fn the_schema_has_every_key_that_is_written() {
             transport: Some(Transport::Mmio),
             io_threads: Some(IoThreads::Device),
             io_affinity: Some("0".parse().unwrap()),
+            rx_rate_limit: limits,
+            tx_rate_limit: limits,
         }],
         vsock: Some(VsockConfig {
             transport: Some(Transport::Mmio),

@@ -73,6 +73,7 @@ fn full() -> VmConfig {
                 mac: Some("06:00:00:00:00:01".parse().unwrap()),
                 transport: Some(Transport::Mmio),
                 io_threads: Some(IoThreads::Shared),
+                tx_rate_limit: limits(5, 6),
                 ..NetConfig::default()
             },
             NetConfig {

@@ -199,6 +199,12 @@ pub struct NetMetrics {
     pub tx_bytes: u64,
     /// Packets that the network did not take.
     pub tx_dropped: u64,
+    /// How often receiving had to wait for a limit.
+    #[serde(default)]
+    pub rx_throttled: u64,
+    /// How often a packet to be sent had to.
+    #[serde(default)]
+    pub tx_throttled: u64,
 }
 
 /// A socket device. What it received is what the guest received.

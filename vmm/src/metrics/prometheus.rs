@@ -202,6 +202,10 @@ fn net_families(text: &mut Text<'_>) {
     both_ways("kiln_net_dropped_packets_total", help, |net| {
         [net.rx_dropped, net.tx_dropped]
     });
+    let help = "Times that receiving and sending had to wait for a limit.";
+    both_ways("kiln_net_throttled_total", help, |net| {
+        [net.rx_throttled, net.tx_throttled]
+    });
     let help = "Errors of a network, and useless buffers of its driver.";
     text.devices("kiln_net_errors_total", help, |device| {
         device.net.as_ref().map(|net| net.rx_errors)

@@ -186,6 +186,8 @@ fn net(from: &NetCounters) -> NetMetrics {
         tx_packets: get(&from.tx_packets),
         tx_bytes: get(&from.tx_bytes),
         tx_dropped: get(&from.tx_dropped),
+        rx_throttled: get(&from.rx_throttled),
+        tx_throttled: get(&from.tx_throttled),
     }
 }
 

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use kiln_vmm::config::{NetConfig, UserNetConfig};
 
-use super::{cpu_list, on_or_off, parse, split_options, transport};
+use super::{bandwidth, cpu_list, on_or_off, operations, parse, split_options, transport};
 
 /// A network interface as it is on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +62,8 @@ fn unknown(option: &str) -> String {
     format!(
         "unknown network option `{option}`: there are {BACKENDS}; `forward=PROTOCOL:PORT`, \
          `host-loopback=on|off` and `passt=PATH` for `user`; `reconnect=SECONDS` for `socket`; `create` \
-         for `tap`; and `queues=N`, `mac=MAC`, `mtu=BYTES`, `transport=pci|mmio`, `io-threads=shared|device|queue` and `io-affinity=CPUS`"
+         for `tap`; and `queues=N`, `mac=MAC`, `mtu=BYTES`, `rx-bandwidth=BYTES[:BURST]`, `rx-packets=N[:BURST]`, \
+         `tx-bandwidth=BYTES[:BURST]`, `tx-packets=N[:BURST]`, `transport=pci|mmio`, `io-threads=shared|device|queue` and `io-affinity=CPUS`"
     )
 }
 
@@ -107,6 +108,10 @@ fn set_common(net: &mut NetConfig, name: &str, value: &str) -> Result<bool, Stri
         "mac" => net.mac = Some(value.parse().map_err(|e| format!("`{value}`: {e}"))?),
         "transport" => net.transport = Some(transport(value)?),
         "io-threads" => net.io_threads = Some(parse(value)?),
+        "rx-bandwidth" => net.rx_rate_limit.bandwidth = Some(bandwidth(value)?),
+        "rx-packets" => net.rx_rate_limit.ops = Some(operations(value)?),
+        "tx-bandwidth" => net.tx_rate_limit.bandwidth = Some(bandwidth(value)?),
+        "tx-packets" => net.tx_rate_limit.ops = Some(operations(value)?),
         "io-affinity" => net.io_affinity = Some(cpu_list(value)?),
         _ => return Ok(false),
     }
@@ -119,6 +124,21 @@ mod tests {
 
     fn net(text: &str) -> NetConfig {
         text.parse::<NetArg>().unwrap().0
+    }
+
+    #[test]
+    fn limits_have_directions() {
+        let limits = net("tap=t,rx-bandwidth=1M:2M,rx-packets=5,tx-bandwidth=3,tx-packets=4:6");
+        let shown = |limits| serde_json::to_string(&limits).unwrap();
+        assert_eq!(
+            shown(limits.rx_rate_limit),
+            r#"{"bandwidth":{"per_second":1048576,"burst":2097152},"ops":{"per_second":5}}"#
+        );
+        assert_eq!(
+            shown(limits.tx_rate_limit),
+            r#"{"bandwidth":{"per_second":3},"ops":{"per_second":4,"burst":6}}"#
+        );
+        assert!("tap=x,rx-packets=1K".parse::<NetArg>().is_err());
     }
 
     #[test]

@@ -23,6 +23,10 @@ pub struct NetCounters {
     pub tx_bytes: AtomicU64,
     /// Packets that the network did not take.
     pub tx_dropped: AtomicU64,
+    /// How often receiving had to wait for a limit.
+    pub rx_throttled: AtomicU64,
+    /// How often a packet to be sent had to.
+    pub tx_throttled: AtomicU64,
 }
 
 impl NetCounters {

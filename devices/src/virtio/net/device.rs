@@ -15,7 +15,7 @@ use super::features::{self, CONTROL, CTRL_GUEST_OFFLOADS, GUEST_CSUM, MAC, MQ};
 use super::features::{GUEST_OFFLOADS, MRG_RXBUF, MTU, STATUS};
 use super::pair::PairHandler;
 use super::shared::{NetControl, NetState, Shared};
-use super::{MacAddress, NetBackend, NetCounters};
+use super::{MacAddress, NetBackend, NetCounters, NetRateLimits};
 
 /// The header in front of every packet (virtio 1.3, section 5.1.6).
 pub(super) const HEADER_BYTES: usize = 12;
@@ -43,6 +43,8 @@ pub struct NetOptions {
     pub queue_pairs: Option<u16>,
     /// The largest payload of a frame in bytes, at least 1280; by default that of the network.
     pub mtu: Option<u16>,
+    /// How much it carries in a time: by default any amount.
+    pub rate_limits: NetRateLimits,
 }
 
 /// Why a network device could not be made.
@@ -161,7 +163,7 @@ impl Net {
             let another = backend.add_queue_pair();
             backends.push(another.map_err(|source| NetError::AddQueuePair { pairs, source })?);
         }
-        let shared = Arc::new(Shared::new(state));
+        let shared = Arc::new(Shared::new(state, options.rate_limits));
         let workers = std::iter::once(backend).chain(backends).zip(0..);
         let workers: Result<Vec<_>, _> = workers
             .map(|(backend, pair)| {

@@ -16,6 +16,7 @@
 //! | `pair` | one pair of queues on its thread |
 //! | `receive`, `transmit` | the two queues of a pair |
 //! | `commands` | the control queue |
+//! | `limits` | [`NetRateLimits`]: how much may come and go in a time |
 //! | `filter` | [`ReceiveFilter`]: which packets a driver wants |
 //! | `counters` | [`NetCounters`] |
 //!
@@ -63,6 +64,7 @@ mod counters;
 mod device;
 mod features;
 mod filter;
+mod limits;
 mod mac;
 mod pair;
 mod passt;
@@ -78,6 +80,7 @@ pub use backend::{NetBackend, Offloads};
 pub use counters::NetCounters;
 pub use device::{Net, NetError, NetOptions};
 pub use filter::ReceiveFilter;
+pub use limits::NetRateLimits;
 pub use mac::{MacAddress, ParseMacAddressError};
 pub use passt::{
     IpProtocol, ParsePortForwardError, Passt, PasstError, PortForward, UserNetOptions,

@@ -13,6 +13,7 @@ use super::features::{self, GUEST_CSUM, MRG_RXBUF};
 use super::receive::{ReceiveMode, Receiver, Wait};
 use super::shared::{Shared, View};
 use super::transmit::{drop_all, transmit};
+use crate::rate_limit::Throttle;
 
 /// Called with the reason when the network fails.
 pub(super) type OnFailure = Box<dyn Fn(&str) + Send>;
@@ -42,6 +43,8 @@ pub(super) struct PairHandler {
     seen: u32,
     /// Packets from the network are waited for.
     watched: bool,
+    rx_throttle: Throttle,
+    tx_throttle: Throttle,
     /// What the driver was told last of the network's being there.
     network_up: bool,
 }
@@ -49,6 +52,9 @@ pub(super) struct PairHandler {
 impl PairHandler {
     /// The token of what says that there is room for packets to be sent.
     const ROOM: u32 = Self::FIRST_TOKEN + 1;
+    /// The tokens of the timers of limits.
+    const RX_LIMIT: u32 = Self::FIRST_TOKEN + 2;
+    const TX_LIMIT: u32 = Self::FIRST_TOKEN + 3;
 
     pub(super) fn new(
         pair: u16,
@@ -66,6 +72,8 @@ impl PairHandler {
             view: View::unknown(),
             seen: 0,
             watched: false,
+            rx_throttle: Throttle::new(Self::RX_LIMIT),
+            tx_throttle: Throttle::new(Self::TX_LIMIT),
             network_up: true,
         })
     }
@@ -161,7 +169,13 @@ impl PairHandler {
         while self.view.enabled {
             let view = (&self.view, self.seen);
             let backend = &mut *self.backend;
-            let wait = self.receiver.receive(backend, &self.shared, view, turn)?;
+            let (shared, throttle) = (&self.shared, &mut self.rx_throttle);
+            let may_go_on = || {
+                let throttled = &shared.counters.rx_throttled;
+                throttle.may_some(&shared.rate_limits.rx, throttled, registrar)
+            };
+            let receiver = &mut self.receiver;
+            let wait = receiver.receive(backend, shared, view, turn, may_go_on)?;
             if wait != Wait::View {
                 return Ok(self.wait(wait, registrar)?);
             }
@@ -174,6 +188,8 @@ impl PairHandler {
 impl QueueHandler for PairHandler {
     fn start(&mut self, features: u64, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
         self.watched = false;
+        self.rx_throttle.start();
+        self.tx_throttle.start();
         self.features = features;
         self.receiver.start(ReceiveMode {
             mergeable: features & MRG_RXBUF != 0,
@@ -201,7 +217,12 @@ impl QueueHandler for PairHandler {
         match self.role(turn.index()) {
             Role::Receive => self.receive(turn, registrar)?,
             Role::Transmit if self.view.enabled && self.view.link_up => {
-                transmit(&mut *self.backend, &self.shared.counters, turn)?;
+                let (shared, throttle) = (&self.shared, &mut self.tx_throttle);
+                let may_go_on = || {
+                    let throttled = &shared.counters.tx_throttled;
+                    throttle.may_some(&shared.rate_limits.tx, throttled, registrar)
+                };
+                transmit(&mut *self.backend, shared, turn, may_go_on)?;
             }
             Role::Transmit => drop_all(&self.shared.counters, turn)?,
             Role::Control => {
@@ -216,7 +237,12 @@ impl QueueHandler for PairHandler {
     }
 
     fn ready(&mut self, event: IoEvent) -> Option<u16> {
-        let transmit = event.token == Self::ROOM;
+        match event.token {
+            Self::RX_LIMIT => self.rx_throttle.woken(),
+            Self::TX_LIMIT => self.tx_throttle.woken(),
+            _ => {}
+        }
+        let transmit = matches!(event.token, Self::ROOM | Self::TX_LIMIT);
         Some(2 * self.pair + u16::from(transmit))
     }
 }

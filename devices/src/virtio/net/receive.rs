@@ -41,6 +41,8 @@ pub(super) struct ReceiveMode {
 pub(super) enum Wait {
     /// Packets from the network.
     Packets,
+    /// The limit to let more through.
+    Limit,
     /// Buffers from the driver.
     Buffers,
     /// Nothing: there is another [`View`] to receive by.
@@ -190,13 +192,15 @@ impl Receiver {
         self.expected = 1;
     }
 
-    /// Receives packets until there are none, or no buffers for them.
+    /// Receives packets until there are none, or no buffers for them, or `may_go_on` says no: the
+    /// limit is reached.
     pub(super) fn receive(
         &mut self,
         backend: &mut dyn NetBackend,
         shared: &Shared,
         (view, generation): (&View, u32),
         turn: &mut Turn<'_>,
+        mut may_go_on: impl FnMut() -> io::Result<bool>,
     ) -> Result<Wait, QueueError> {
         let room = self
             .room
@@ -229,6 +233,10 @@ impl Receiver {
             if half.ring.chains.is_empty() {
                 return Ok(Wait::Buffers);
             }
+            if !may_go_on()? {
+                half.ring.put_back(half.turn);
+                return Ok(Wait::Limit);
+            }
             slices.clear();
             for slice in half.ring.slices() {
                 slices.push(slice);
@@ -245,6 +253,7 @@ impl Receiver {
                 }
                 Ok(len) => {
                     errors = 0;
+                    shared.rate_limits.rx.charge((len - HEADER_BYTES) as u64);
                     half.take(len, &room)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

@@ -10,7 +10,8 @@ use virtio_bindings::virtio_net as raw;
 
 use super::features::CTRL_VLAN;
 use super::filter::ReceiveFilter;
-use super::{MacAddress, NetCounters};
+use super::limits::Limiters;
+use super::{MacAddress, NetCounters, NetRateLimits};
 
 const LINK_UP: u16 = raw::VIRTIO_NET_S_LINK_UP as u16;
 const ANNOUNCE: u16 = raw::VIRTIO_NET_S_ANNOUNCE as u16;
@@ -91,6 +92,7 @@ pub(super) struct Shared {
     /// Changes with everything that the pairs' [`View`]s are of.
     generation: AtomicU32,
     pub(super) counters: Arc<NetCounters>,
+    pub(super) rate_limits: Limiters,
 }
 
 struct Inner {
@@ -124,8 +126,9 @@ impl Inner {
 }
 
 impl Shared {
-    pub(super) fn new(state: NetState) -> Self {
+    pub(super) fn new(state: NetState, rate_limits: NetRateLimits) -> Self {
         Self {
+            rate_limits: Limiters::new(rate_limits),
             inner: Mutex::new(Inner {
                 state,
                 network_up: true,
@@ -258,6 +261,17 @@ impl NetControl {
     /// How many pairs of queues the driver uses.
     pub fn queue_pairs(&self) -> u16 {
         self.shared.lock().state.queue_pairs
+    }
+
+    /// How much the interface carries in a time.
+    pub fn rate_limits(&self) -> NetRateLimits {
+        self.shared.rate_limits.get()
+    }
+
+    /// Changes how much the interface carries in a time, from now on. What it carried before counts
+    /// on where there was a limit already.
+    pub fn set_rate_limits(&self, limits: NetRateLimits) {
+        self.shared.rate_limits.set(limits);
     }
 
     /// What the device has done, to be looked at while it works.

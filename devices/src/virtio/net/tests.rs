@@ -12,6 +12,7 @@ use super::*;
 use crate::virtio::hostile::{Random, storm};
 
 mod control;
+mod limits;
 
 const RX: usize = 0;
 const TX: usize = 1;

@@ -6,6 +6,7 @@ use kiln_virtio_device::{QueueError, Turn};
 
 use super::counters::add;
 use super::device::{HEADER_BYTES, MAX_PACKET};
+use super::shared::Shared;
 use super::{NetBackend, NetCounters};
 
 /// The Ethernet header, without which there is no frame.
@@ -13,13 +14,20 @@ const ETHERNET_BYTES: usize = 14;
 
 /// Sends what the driver made available. A packet that cannot be sent at once waits in the queue
 /// where the network says when there is room for it; else it is dropped, as on any wire. Waiting
-/// here would let one guest's traffic hold up the thread's other devices.
+/// here would let one guest's traffic hold up the thread's other devices. Where `may_go_on` says
+/// no, the limit is reached, and what is left waits in the queue too.
 pub(super) fn transmit(
     backend: &mut dyn NetBackend,
-    counters: &NetCounters,
+    shared: &Shared,
     turn: &mut Turn<'_>,
+    mut may_go_on: impl FnMut() -> io::Result<bool>,
 ) -> Result<(), QueueError> {
+    let counters = &shared.counters;
     while let Some(chain) = turn.pop()? {
+        if !may_go_on()? {
+            turn.put_back(chain);
+            break;
+        }
         let len = chain.readable.len();
         let fits = (HEADER_BYTES + ETHERNET_BYTES..=MAX_PACKET).contains(&len);
         let result = if fits {
@@ -35,7 +43,10 @@ pub(super) fn transmit(
             break;
         }
         match result {
-            Ok(()) => counters.sent(len),
+            Ok(()) => {
+                counters.sent(len);
+                shared.rate_limits.tx.charge((len - HEADER_BYTES) as u64);
+            }
             Err(_) => add(&counters.tx_dropped, 1),
         }
         turn.complete(chain, 0)?;
