@@ -242,6 +242,10 @@ impl QueueHandler for PairHandler {
             Self::TX_LIMIT => self.tx_throttle.woken(),
             _ => {}
         }
+        if event.token == Self::ROOM {
+            // Here, since the driver need not have enabled the queue.
+            self.backend.flush();
+        }
         let transmit = matches!(event.token, Self::ROOM | Self::TX_LIMIT);
         Some(2 * self.pair + u16::from(transmit))
     }
