@@ -23,6 +23,12 @@ pub const PATIENCE: Duration = Duration::from_secs(180);
 /// the transport makes no difference but that there is no PCI bus, and tests that take minutes.
 #[macro_export]
 macro_rules! over_every_transport {
+    ($($name:ident),* $(,)?; over mmio when asked: $($other:ident),* $(,)?; when asked: $($rare:ident),+ $(,)?) => {
+        $crate::over_every_transport!(@ pci Pci $($name)* $($other)*);
+        $crate::over_every_transport!(@ then_mmio Mmio $($name)*);
+        $crate::over_every_transport!(@ pci_in_full Pci $($rare)+);
+        $crate::over_every_transport!(@ then_mmio_in_full Mmio $($other)* $($rare)+);
+    };
     (; over mmio when asked: $($other:ident),+ $(,)?) => {
         $crate::over_every_transport!(@ pci Pci $($other)+);
         $crate::over_every_transport!(@ then_mmio_in_full Mmio $($other)+);
@@ -32,6 +38,7 @@ macro_rules! over_every_transport {
         $crate::over_every_transport!(@ then_mmio Mmio $($name)+);
         $($crate::over_every_transport!(@ then_mmio_in_full Mmio $($other)+);)?
     };
+    (@ $module:ident $transport:ident) => {};
     (@ $module:ident $transport:ident $($name:ident)+) => {
         mod $module {
             $(

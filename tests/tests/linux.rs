@@ -18,12 +18,12 @@ use kiln_xtask::initrd;
 
 kiln_tests::over_every_transport!(
     what_a_guest_has_synced_is_on_its_disk,
+    a_network_carries_pings_and_streams_both_ways;
+    over mmio when asked:
     a_read_only_disk_stays_as_it_is,
     disks_keep_their_order_their_ids_and_their_bytes,
-    a_network_carries_pings_and_streams_both_ways,
     two_network_interfaces_keep_their_addresses,
-    the_login_prompt_takes_what_is_typed;
-    over mmio when asked:
+    the_login_prompt_takes_what_is_typed,
     a_bzimage_boots_in_128_mib,
     a_bzimage_boots_with_4_vcpus_and_5_gib,
     a_vmlinux_boots_by_the_64_bit_protocol,

@@ -14,7 +14,8 @@ use kiln_xtask::initrd;
 
 kiln_tests::over_every_transport!(
     ; over mmio when asked:
-    free_memory_of_a_guest_gets_back_to_the_host,
+    free_memory_of_a_guest_gets_back_to_the_host;
+    when asked:
     a_balloon_takes_memory_and_lets_the_guest_have_it_again,
 );
 

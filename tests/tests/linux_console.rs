@@ -13,8 +13,8 @@ use kiln_tests::terminal::Terminal;
 use kiln_vmm::Transport;
 
 kiln_tests::over_every_transport!(
-    a_named_port_carries_a_megabyte_each_way_and_tells_its_end;
-    over mmio when asked:
+    ; over mmio when asked:
+    a_named_port_carries_a_megabyte_each_way_and_tells_its_end,
     a_shell_on_the_virtio_console_takes_what_is_typed_and_knows_its_size,
     random_numbers_of_the_host_come_as_fast_as_the_limit_says,
 );

@@ -69,32 +69,37 @@ fn a_bzimage_is_unpacked_once_and_starts_where_it_was_linked_for() {
     }
 }
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_bzimage_starts_without_a_cache() {
-    let folder = tempfile::tempdir().unwrap();
-    let outcome = boot("6.12", folder.path(), &["--no-kernel-cache"]);
-    assert_eq!(outcome.value("text"), Some(LINKED));
-    assert_eq!(kept(folder.path()), 0);
-    // The cache's folder cannot be made.
-    fs::write(folder.path().join("kiln"), "").unwrap();
-    let outcome = boot("6.1", folder.path(), &[]);
-    assert_eq!(outcome.value("text"), Some(LINKED));
-    assert!(outcome.errors.contains("open kernel cache"), "{outcome:?}");
-}
+/// Run only when asked for.
+mod in_full {
+    use super::*;
 
-#[test]
-#[ignore = "needs hardware KVM: run by cargo xtask test"]
-fn a_bzimage_can_unpack_itself_to_a_random_address() {
-    let cache = tempfile::tempdir().unwrap();
-    let mut moved = false;
-    for series in ["6.1", "6.12"] {
-        let outcome = boot(series, cache.path(), &["--kernel-decompressor", "guest"]);
-        let text = outcome.value("text").unwrap();
-        assert_eq!(text.len(), LINKED.len(), "{outcome:?}");
-        moved |= text != LINKED;
+    #[test]
+    #[ignore = "needs hardware KVM: run by cargo xtask test"]
+    fn a_bzimage_starts_without_a_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let outcome = boot("6.12", folder.path(), &["--no-kernel-cache"]);
+        assert_eq!(outcome.value("text"), Some(LINKED));
+        assert_eq!(kept(folder.path()), 0);
+        // The cache's folder cannot be made.
+        fs::write(folder.path().join("kiln"), "").unwrap();
+        let outcome = boot("6.1", folder.path(), &[]);
+        assert_eq!(outcome.value("text"), Some(LINKED));
+        assert!(outcome.errors.contains("open kernel cache"), "{outcome:?}");
     }
-    // One of some hundred places is the one that it was linked for: not for both.
-    assert!(moved);
-    assert_eq!(kept(cache.path()), 0);
+
+    #[test]
+    #[ignore = "needs hardware KVM: run by cargo xtask test"]
+    fn a_bzimage_can_unpack_itself_to_a_random_address() {
+        let cache = tempfile::tempdir().unwrap();
+        let mut moved = false;
+        for series in ["6.1", "6.12"] {
+            let outcome = boot(series, cache.path(), &["--kernel-decompressor", "guest"]);
+            let text = outcome.value("text").unwrap();
+            assert_eq!(text.len(), LINKED.len(), "{outcome:?}");
+            moved |= text != LINKED;
+        }
+        // One of some hundred places is the one that it was linked for: not for both.
+        assert!(moved);
+        assert_eq!(kept(cache.path()), 0);
+    }
 }

@@ -12,8 +12,9 @@ use kiln_tests::tap::Tap;
 use kiln_vmm::Transport;
 
 kiln_tests::over_every_transport!(
+    ; over mmio when asked:
     modules_are_removed_and_loaded_under_load;
-    over mmio when asked:
+    when asked:
     drivers_come_and_go_a_hundred_times,
     drivers_of_small_devices_come_and_go_a_hundred_times,
 );

@@ -16,7 +16,8 @@ use kiln_vmm::Transport;
 
 kiln_tests::over_every_transport!(
     ; over mmio when asked:
-    two_hundred_streams_carry_data_both_ways,
+    two_hundred_streams_carry_data_both_ways;
+    when asked:
     programs_killed_on_either_side_leave_nothing_behind,
 );
 

@@ -268,7 +268,7 @@ fn metrics_grow_while_a_guest_runs_and_stay_as_they_are_at_its_end() {
     assert_eq!(handle.metrics(), last);
 }
 
-kiln_tests::over_every_transport!(a_linux_guest_and_its_machine_count_the_same);
+kiln_tests::over_every_transport!(; over mmio when asked: a_linux_guest_and_its_machine_count_the_same);
 
 fn a_linux_guest_and_its_machine_count_the_same(transport: Transport) {
     let _tap = Tap::new("kilntest9", "192.168.119.1/24");
