@@ -1,14 +1,16 @@
 //! A disk of the machine.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use kiln_devices::virtio::block::{
-    Block, BlockBackend, BlockOptions, BlockRateLimits, CacheMode, IoEngine, RawFile,
+    BackingFiles, Block, BlockBackend, BlockOptions, BlockRateLimits, CacheMode, IoEngine, RawFile,
 };
 
 use crate::io_threads::DeviceIo;
-use crate::{BuildError, CpuList, IoThreads, Transport};
+use crate::{BuildError, CpuList, DiskFormat, IoThreads, Transport};
 
 /// The most queues that a disk has where it is not said how many.
 const DEFAULT_QUEUES: u16 = 16;
@@ -23,24 +25,67 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A raw image or a block device of the host, to be read and written. It is locked: no other
-    /// machine can have it at the same time.
+    /// An image, or a block device of the host, to be read and written. It is locked: no other
+    /// machine can have it at the same time. Where its name ends in `.qcow2` it is in that format,
+    /// and may have no backing file; else it is raw.
     ///
     /// # Errors
     ///
-    /// [`BuildError::DiskImage`] where it cannot be opened, is in use, or cannot be a disk.
+    /// [`BuildError::DiskImage`] and, for qcow2, `BuildError::Qcow2`, where it cannot be opened, is
+    /// in use, or cannot be a disk.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, BuildError> {
-        Ok(Self::new(RawFile::open(path, false)?))
+        let format = DiskFormat::of_path(path.as_ref());
+        Self::open_as(path, format, false, &BackingFiles::Refuse)
     }
 
-    /// A raw image or a block device of the host, to be read only. Any number of machines can have
-    /// it so at the same time.
+    /// The same, to be read only. Any number of machines can have it so at the same time.
     ///
     /// # Errors
     ///
     /// As for [`open`](Self::open).
     pub fn open_read_only(path: impl AsRef<Path>) -> Result<Self, BuildError> {
-        Ok(Self::new(RawFile::open(path, true)?))
+        let format = DiskFormat::of_path(path.as_ref());
+        Self::open_as(path, format, true, &BackingFiles::Refuse)
+    }
+
+    /// An image in this format whatever its name, with the backing files that it may have. A raw
+    /// image has none.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Self::open).
+    pub fn open_as(
+        path: impl AsRef<Path>,
+        format: DiskFormat,
+        read_only: bool,
+        backing: &BackingFiles,
+    ) -> Result<Self, BuildError> {
+        let path = path.as_ref();
+        match format {
+            DiskFormat::Raw => {
+                let file = RawFile::open(path, read_only)?;
+                hint_at_qcow2(path);
+                Ok(Self::new(file))
+            }
+            DiskFormat::Qcow2 => Self::open_qcow2(path, read_only, backing),
+        }
+    }
+
+    #[cfg(feature = "qcow2")]
+    fn open_qcow2(
+        path: &Path,
+        read_only: bool,
+        backing: &BackingFiles,
+    ) -> Result<Self, BuildError> {
+        let file = kiln_devices::virtio::block::Qcow2File::open(path, read_only, backing)?;
+        Ok(Self::new(file))
+    }
+
+    #[cfg(not(feature = "qcow2"))]
+    fn open_qcow2(path: &Path, _: bool, _: &BackingFiles) -> Result<Self, BuildError> {
+        Err(BuildError::NoQcow2 {
+            path: path.to_owned(),
+        })
     }
 
     /// A disk with a backend of your own.
@@ -152,6 +197,20 @@ impl Disk {
             .unwrap_or_else(|| queues().clamp(1, DEFAULT_QUEUES));
         self.options.queues = Some(queues);
         Ok(Block::new(self.backend, self.options)?)
+    }
+}
+
+/// Says that a raw image looks like one in another format. The guest may have made it so, and it
+/// stays raw.
+fn hint_at_qcow2(path: &Path) {
+    let mut start = [0; 4];
+    let read = File::open(path).and_then(|mut file| file.read_exact(&mut start));
+    if read.is_ok() && start == *b"QFI\xfb" {
+        tracing::warn!(
+            "disk image `{}` begins like a qcow2 image, and is used as a raw one: where it is no \
+             guest's work, say format=qcow2",
+            path.display()
+        );
     }
 }
 

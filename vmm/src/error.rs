@@ -67,6 +67,17 @@ pub enum BuildError {
          devices, not for a backend of another kind"
     )]
     DirectBackend,
+    /// A disk image in the qcow2 format cannot be opened.
+    #[cfg(feature = "qcow2")]
+    #[error(transparent)]
+    Qcow2(#[from] kiln_devices::virtio::block::Qcow2Error),
+    /// A disk image is in the qcow2 format, which this build does not have.
+    #[cfg(not(feature = "qcow2"))]
+    #[error("open qcow2 image `{}`: kiln-vmm was built without its feature `qcow2`", path.display())]
+    NoQcow2 {
+        /// The image.
+        path: std::path::PathBuf,
+    },
     /// A disk cannot be as it was described.
     #[error(transparent)]
     Disk(#[from] kiln_devices::virtio::block::BlockError),

@@ -91,6 +91,7 @@ mod capabilities;
 pub mod config;
 mod decompressor;
 mod disk;
+mod disk_format;
 mod error;
 mod events;
 mod exit;
@@ -118,6 +119,7 @@ pub use capabilities::Capabilities;
 pub use config::VmConfig;
 pub use decompressor::{Decompressor, UnknownDecompressor};
 pub use disk::Disk;
+pub use disk_format::{DiskFormat, UnknownDiskFormat};
 pub use error::{BuildError, DeviceError, HandleError};
 pub use events::{Events, VmEvent};
 pub use exit::VmExit;
@@ -133,9 +135,11 @@ pub use kiln_devices::virtio::balloon::{
     BalloonControl, BalloonCounters, BalloonError, BalloonStatistics,
 };
 pub use kiln_devices::virtio::block::{
-    BlockBackend, BlockControl, BlockCounters, BlockError, BlockProperties, BlockRateLimits,
-    CacheMode, IoEngine, RawFile, RawFileError,
+    BackingFiles, BlockBackend, BlockControl, BlockCounters, BlockError, BlockProperties,
+    BlockRateLimits, CacheMode, IoEngine, RawFile, RawFileError,
 };
+#[cfg(feature = "qcow2")]
+pub use kiln_devices::virtio::block::{Qcow2Error, Qcow2File};
 pub use kiln_devices::virtio::console::{ConsoleSize, Port as ConsolePort};
 pub use kiln_devices::virtio::net::{
     IpProtocol, MacAddress, NetBackend, NetControl, NetCounters, NetRateLimits, Offloads,

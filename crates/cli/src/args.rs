@@ -94,15 +94,18 @@ pub(crate) struct Run {
     #[arg(long, value_name = "CPUS")]
     pub(crate) io_affinity: Option<CpuList>,
 
-    /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: a raw image file or a block
-    /// device. It has a queue for each vCPU, up to 16, unless `queues` says how many; writes last
+    /// A disk (virtio-blk), in the order of /dev/vda, /dev/vdb, …: an image file or a block device.
+    /// It is a qcow2 image if its name ends in .qcow2 or `format` says so, else raw; a qcow2 image
+    /// may have no backing file but those that `backing` names, or with `backing=allow` any that it
+    /// asks for. It has a queue for each vCPU, up to 16, unless `queues` says how many; writes last
     /// when the guest flushes them, or each at once (`cache=writethrough`); `direct` does without
     /// the host's page cache. `bandwidth` and `iops` limit what it does in a second, and at once
     /// after a rest (BURST; as much as in a second by default), with `read-` or `write-` before them
     /// in one direction; BYTES can have K, M, G or T. A comma in the path is written twice
     #[arg(
         long,
-        value_name = "PATH[,readonly][,id=ID][,queues=N][,cache=writeback|writethrough][,direct]\
+        value_name = "PATH[,readonly][,format=raw|qcow2][,backing=allow|PATH]…[,id=ID][,queues=N]\
+                      [,cache=writeback|writethrough][,direct]\
                       [,logical-block-size=512|4096][,bandwidth=BYTES[:BURST]][,iops=N[:BURST]]\
                       [,transport=pci|mmio]\
                       [,io-threads=shared|device|queue][,io-affinity=CPUS]"
@@ -261,6 +264,9 @@ impl std::str::FromStr for DiskArg {
             match option.split_once('=') {
                 None if option == "readonly" => disk.readonly = true,
                 None if option == "direct" => disk.direct = true,
+                Some(("format", name)) => disk.format = Some(parse(name)?),
+                Some(("backing", "allow")) => disk.any_backing = true,
+                Some(("backing", path)) if !path.is_empty() => disk.backing.push(path.into()),
                 Some(("id", id)) => disk.id = Some(id.to_owned()),
                 Some(("queues", count)) => disk.queues = Some(parse(count)?),
                 Some(("cache", mode)) => {
@@ -285,8 +291,9 @@ impl std::str::FromStr for DiskArg {
                 Some(("io-affinity", cpus)) => disk.io_affinity = Some(cpu_list(cpus)?),
                 _ => {
                     return Err(format!(
-                        "unknown disk option `{option}`: there are `readonly`, `id=ID`, \
-                         `queues=N`, `cache=writeback|writethrough`, `direct`, \
+                        "unknown disk option `{option}`: there are `readonly`, `format=raw|qcow2`, \
+                         `backing=allow|PATH`, `id=ID`, `queues=N`, \
+                         `cache=writeback|writethrough`, `direct`, \
                          `logical-block-size=512|4096`, `engine=auto|io_uring|sync`, `transport=pci|mmio`, \
                          `[read-|write-]bandwidth=BYTES[:BURST]`, `[read-|write-]iops=N[:BURST]`, \
                          `io-threads=shared|device|queue` and `io-affinity=CPUS`"
@@ -612,7 +619,7 @@ Example:
 mod tests {
     use super::*;
     use clap::CommandFactory;
-    use kiln_vmm::{CacheMode, IoEngine};
+    use kiln_vmm::{CacheMode, DiskFormat, IoEngine};
 
     #[test]
     fn the_definition_of_the_command_line_is_sound() {
@@ -646,6 +653,27 @@ mod tests {
         ] {
             let error = wrong.parse::<DiskArg>().unwrap_err();
             assert!(error.contains(part), "{wrong}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_disk_has_a_format_and_backing_files_that_it_may_have() {
+        let disk = disk_config("a.img,format=qcow2,backing=base,,1,backing=/images/b");
+        assert_eq!(disk.format, Some(DiskFormat::Qcow2));
+        assert_eq!(disk.backing, ["base,1", "/images/b"].map(PathBuf::from));
+        assert!(!disk.any_backing);
+        assert_eq!(
+            disk_config("a.qcow2,format=raw").format,
+            Some(DiskFormat::Raw)
+        );
+        let disk = disk_config("a.qcow2,backing=allow");
+        assert_eq!((disk.format, disk.any_backing), (None, true));
+        for (text, part) in [
+            ("a,format=vmdk", "`vmdk`: the formats are `raw` and `qcow2`"),
+            ("a,backing=", "unknown disk option"),
+        ] {
+            let error = text.parse::<DiskArg>().unwrap_err();
+            assert!(error.contains(part), "{error}");
         }
     }
 

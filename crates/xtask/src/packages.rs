@@ -55,7 +55,11 @@ pub const RUN: &[Tool] = &[
     tool("ip", "iproute2"),
     tool("e2fsck", "e2fsprogs"),
     tool("passt", "passt"),
+    tool("qemu-img", "qemu-utils"),
 ];
+
+/// What the tests of all packages take.
+pub const HOST: &[Tool] = &[tool("qemu-img", "qemu-utils")];
 
 /// What is measured beside Kiln, and with.
 pub const BENCH: &[Tool] = &[

@@ -89,6 +89,7 @@ impl Step {
             }
             Self::Api => api::run(api::ApiArgs::default()),
             Self::Host => {
+                packages::ensure(packages::HOST)?;
                 let mut command = cargo::command(&["test", "--workspace", "--"]);
                 succeed(command.args(filter))
             }

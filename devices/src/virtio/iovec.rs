@@ -38,6 +38,34 @@ pub(crate) fn read_exact_at(
     Ok(())
 }
 
+/// Fills `slices` from `fd` at `offset` bytes as far as the file goes; gives the bytes.
+///
+/// # Errors
+///
+/// What the system says.
+#[cfg(feature = "qcow2")]
+pub(crate) fn read_at_most(
+    fd: BorrowedFd<'_>,
+    slices: &[GuestSlice<'_>],
+    offset: u64,
+) -> io::Result<usize> {
+    let mut done = 0;
+    while let Some(pieces) = Pieces::behind(slices, done) {
+        let at = file_offset(offset, done)?;
+        // SAFETY: as in `read_exact_at`.
+        let result = unsafe { libc::preadv(fd.as_raw_fd(), pieces.as_ptr(), pieces.count(), at) };
+        match transferred(result)? {
+            Some(0) => break,
+            Some(count) => {
+                mark_written(slices, done, count);
+                done += count;
+            }
+            None => {}
+        }
+    }
+    Ok(done)
+}
+
 /// Writes `slices` to `fd` at `offset` bytes, in as many calls as it takes.
 ///
 /// # Errors

@@ -5,8 +5,8 @@ use super::{
     console,
 };
 use crate::{
-    Balloon, BlockRateLimits, BuildError, Disk, Kernel, RateLimit, RateLimits, Rng, VmBuilder,
-    Vsock,
+    BackingFiles, Balloon, BlockRateLimits, BuildError, Disk, DiskFormat, Kernel, RateLimit,
+    RateLimits, Rng, VmBuilder, Vsock,
 };
 
 impl VmConfig {
@@ -71,16 +71,18 @@ impl VmConfig {
 
 impl DiskConfig {
     fn open(self) -> Result<Disk, BuildError> {
-        let disk = if self.readonly {
-            Disk::open_read_only(&self.path)?
-        } else {
-            Disk::open(&self.path)?
+        let format = self.format.unwrap_or(DiskFormat::of_path(&self.path));
+        let backing = match (self.any_backing, self.backing) {
+            (true, _) => BackingFiles::Allow,
+            (false, paths) if paths.is_empty() => BackingFiles::Refuse,
+            (false, paths) => BackingFiles::Only(paths),
         };
         let limits = BlockRateLimits {
             total: self.rate_limit.into(),
             read: self.read_rate_limit.into(),
             write: self.write_rate_limit.into(),
         };
+        let disk = Disk::open_as(&self.path, format, self.readonly, &backing)?;
         let disk = disk
             .cache(self.cache)
             .direct(self.direct)

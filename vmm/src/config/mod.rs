@@ -64,8 +64,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BootProtocol, CacheMode, CpuList, Decompressor, IoEngine, IoThreads, MemoryOptions, MemorySize,
-    Transport,
+    BootProtocol, CacheMode, CpuList, Decompressor, DiskFormat, IoEngine, IoThreads, MemoryOptions,
+    MemorySize, Transport,
 };
 
 pub use console::{ConsolePortConfig, SerialConfig, VirtioConsoleConfig};
@@ -192,7 +192,8 @@ impl VmConfig {
     /// working directory. An empty path stays empty, to be refused as such.
     #[must_use]
     pub fn relative_to(mut self, folder: &Path) -> Self {
-        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        let disks = self.disks.iter_mut();
+        let disks = disks.flat_map(|disk| disk.backing.iter_mut().chain([&mut disk.path]));
         let serial = self.serial.as_mut().and_then(SerialConfig::path_mut);
         let vsock = self.vsock.as_mut().map(|vsock| &mut vsock.socket);
         let nets = self.nets.iter_mut().flat_map(NetConfig::paths_mut);
@@ -240,13 +241,25 @@ impl BootProtocolConfig {
     }
 }
 
-/// A disk: a raw image or a block device of the host.
+/// A disk: an image, or a block device of the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// The raw image file or block device.
+    /// The image file or block device.
     pub path: PathBuf,
+    /// What its bytes mean. Not given, it is qcow2 if the path ends in `.qcow2`, else raw; the
+    /// content is not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
+    /// The backing files that a qcow2 image may have, by their paths. Not given, there are none, and
+    /// an image that asks for one is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<PathBuf>,
+    /// Whether a qcow2 image may have any backing file that it asks for, and that any other in
+    /// turn: only for images that are trusted.
+    #[serde(default)]
+    pub any_backing: bool,
     /// Whether it is only read. Several machines can have a disk so at the same time.
     #[serde(default)]
     pub readonly: bool,

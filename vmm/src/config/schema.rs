@@ -185,6 +185,8 @@ fn the_schema_has_every_key_that_is_written() {
             ..BalloonConfig::default()
         }),
         disks: vec![DiskConfig {
+            format: Some(crate::DiskFormat::Qcow2),
+            backing: vec!["b".into()],
             id: Some("i".into()),
             queues: Some(1),
             logical_block_size: Some(512),

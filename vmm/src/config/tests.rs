@@ -47,6 +47,9 @@ fn full() -> VmConfig {
         disks: vec![
             DiskConfig {
                 path: "root.ext4".into(),
+                format: Some(DiskFormat::Raw),
+                backing: vec!["base.img".into()],
+                any_backing: true,
                 readonly: false,
                 id: Some("root".into()),
                 queues: Some(3),
@@ -372,6 +375,7 @@ fn a_file_is_read_by_its_extension_and_from_its_folder() {
         assert_eq!(config.kernel, Some(path("vmlinux")));
         assert_eq!(config.initrd, Some(path("initrd.img")));
         assert_eq!(config.disks[0].path, path("root.ext4"));
+        assert_eq!(config.disks[0].backing, [path("base.img")]);
         assert_eq!(config.disks[1].path, PathBuf::from("/srv/data.img"));
         assert_eq!(config.serial, Some(SerialConfig::File(path("console.log"))));
     }
@@ -409,6 +413,27 @@ fn what_cannot_be_opened_is_refused_as_by_the_builder() {
         with_disk.builder().unwrap_err().to_string(),
         crate::Disk::open(absent).unwrap_err().to_string()
     );
+    // A disk is raw unless its name or its format says otherwise, and its content says nothing.
+    let folder = tempfile::tempdir().unwrap();
+    let disk = |name: &str, format| {
+        let path = folder.path().join(name);
+        fs::write(&path, b"QFI\xfb".repeat(128)).unwrap();
+        let config = VmConfig {
+            disks: vec![DiskConfig {
+                path,
+                format,
+                ..DiskConfig::default()
+            }],
+            ..VmConfig::default()
+        };
+        config.builder().map(drop)
+    };
+    disk("a.img", None).unwrap();
+    disk("a.qcow2", Some(DiskFormat::Raw)).unwrap();
+    for (name, format) in [("a.img", Some(DiskFormat::Qcow2)), ("a.qcow2", None)] {
+        let error = disk(name, format).unwrap_err().to_string();
+        assert!(error.starts_with("open qcow2 image `"), "{error}");
+    }
     let with_net = VmConfig {
         nets: vec![NetConfig {
             tap: Some("kilnabsent0".into()),

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `backend` | [`BlockBackend`]: what a disk can do |
 //! | `raw` | [`RawFile`]: a file or a block device of the host as a disk |
+//! | `qcow2` | [`Qcow2File`]: an image in the qcow2 format (with the feature `qcow2`) |
+//! | `backing` | [`BackingFiles`]: what other files an image may name |
 //! | `device` | [`Block`]: features and queues |
 //! | `config` | the configuration that the driver sees |
 //! | `request` | what the driver asks for |
@@ -67,12 +69,15 @@
 //! ```
 
 mod backend;
+mod backing;
 mod config;
 mod counters;
 mod device;
 mod engine;
 mod handler;
 mod limits;
+#[cfg(feature = "qcow2")]
+mod qcow2;
 mod raw;
 mod request;
 mod ring;
@@ -82,9 +87,12 @@ mod task;
 mod tests;
 
 pub use backend::{BlockBackend, BlockProperties, SECTOR_SIZE};
+pub use backing::BackingFiles;
 pub use counters::BlockCounters;
 pub use device::{Block, BlockError, BlockOptions, BlockState, CacheMode};
 pub use engine::IoEngine;
 pub use limits::BlockRateLimits;
+#[cfg(feature = "qcow2")]
+pub use qcow2::{Qcow2Error, Qcow2File};
 pub use raw::{RawFile, RawFileError};
 pub use shared::BlockControl;

@@ -140,29 +140,11 @@ impl RawFile {
     /// [`RawFileError`], which says for each case what is wrong with the image.
     pub fn open(path: impl AsRef<Path>, read_only: bool) -> Result<Self, RawFileError> {
         let path = path.as_ref();
-        let open_error = |source| RawFileError::Open {
-            path: path.to_owned(),
-            source,
-        };
-        // Looked at before it is opened, because opening a FIFO waits, and opening some devices
-        // does something.
-        check_kind(path, &std::fs::metadata(path).map_err(open_error)?)?;
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(open_error)?;
-        let metadata = file.metadata().map_err(open_error)?;
-        check_kind(path, &metadata)?;
-        lock(&file, read_only).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => RawFileError::InUse {
-                path: path.to_owned(),
-            },
-            _ => open_error(error),
-        })?;
-        // A block device's metadata does not have its size.
-        let size = file.seek(SeekFrom::End(0)).map_err(open_error)?;
+        let Opened {
+            file,
+            size,
+            metadata,
+        } = open_locked(path, read_only)?;
         if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
             return Err(RawFileError::Size {
                 path: path.to_owned(),
@@ -175,7 +157,7 @@ impl RawFile {
                 path: path.to_owned(),
                 size: AtomicU64::new(size),
                 read_only,
-                id: format!("{:x}-{:x}", metadata.dev(), metadata.ino()),
+                id: file_id(&metadata),
                 properties: properties::of(&file, &metadata, &holes),
                 holes,
                 direct: OnceLock::new(),
@@ -322,6 +304,63 @@ impl RawFile {
         self.inner.size.store(size, Ordering::Release);
         Ok(size)
     }
+}
+
+/// A file or a block device of the host that is open and locked.
+pub(super) struct Opened {
+    pub(super) file: File,
+    pub(super) size: u64,
+    pub(super) metadata: Metadata,
+}
+
+/// Opens what can hold a disk, and locks it: shared for reading, else exclusive.
+pub(super) fn open_locked(path: &Path, read_only: bool) -> Result<Opened, RawFileError> {
+    let open_error = |source| RawFileError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    // Looked at before it is opened, because opening a FIFO waits, and opening some devices
+    // does something.
+    check_kind(path, &std::fs::metadata(path).map_err(open_error)?)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(open_error)?;
+    lock_open(path, file, read_only)
+}
+
+/// Locks what is open already.
+pub(super) fn lock_open(
+    path: &Path,
+    mut file: File,
+    read_only: bool,
+) -> Result<Opened, RawFileError> {
+    let open_error = |source| RawFileError::Open {
+        path: path.to_owned(),
+        source,
+    };
+    let metadata = file.metadata().map_err(open_error)?;
+    check_kind(path, &metadata)?;
+    lock(&file, read_only).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => RawFileError::InUse {
+            path: path.to_owned(),
+        },
+        _ => open_error(error),
+    })?;
+    // A block device's metadata does not have its size.
+    let size = file.seek(SeekFrom::End(0)).map_err(open_error)?;
+    Ok(Opened {
+        file,
+        size,
+        metadata,
+    })
+}
+
+/// The id of a disk that has no other: what identifies its file on the host.
+pub(super) fn file_id(metadata: &Metadata) -> String {
+    format!("{:x}-{:x}", metadata.dev(), metadata.ino())
 }
 
 fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), RawFileError> {
