@@ -17,7 +17,11 @@ use crate::{packages, process};
 pub const SCRIPT: &str = "test.sh";
 
 /// The commands that test scripts have besides busybox's: path and contents.
-pub(crate) const GUEST_COMMANDS: [(&str, &str); 5] = [
+pub(crate) const GUEST_COMMANDS: [(&str, &str); 6] = [
+    (
+        "bin/kiln-dhcp",
+        include_str!("../../../resources/guest/bin/kiln-dhcp"),
+    ),
     (
         "bin/kiln-disks",
         include_str!("../../../resources/guest/bin/kiln-disks"),
