@@ -22,6 +22,7 @@
 //! | `tests/pci.rs` | PCI and its interrupts with guests of a few bytes |
 //! | `tests/linux_transports.rs` | Linux guests and how they reach their virtio devices |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
+//! | `tests/linux_block.rs` | Linux guests and their disks |
 //! | `tests/linux_console.rs` | Linux guests on a virtio console, with named ports and random numbers |
 //! | `tests/linux_vsock.rs` | Linux guests that talk to programs of the host |
 //! | `tests/linux_net_user.rs` | Linux guests on the host's own network, without privileges |

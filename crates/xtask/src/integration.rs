@@ -53,7 +53,7 @@ pub(crate) fn run(kiln: &Path, programs: &[PathBuf], filter: Option<&str>) -> Re
     for program in programs {
         let mut command = Command::new(program);
         command.args(["--list", "--format", "terse"]);
-        command.arg(filter.unwrap_or("--skip=then_mmio_in_full"));
+        command.arg(filter.unwrap_or("--skip=in_full"));
         let names = names(&process::output(&mut command)?);
         tests.extend(names.into_iter().map(|name| (program.clone(), name)));
     }
