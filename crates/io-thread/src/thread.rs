@@ -222,6 +222,25 @@ impl Endpoint {
 }
 
 impl IoHandle {
+    /// An end of a loop that this thread runs itself.
+    #[cfg(any(test, feature = "test-utils"))]
+    pub(crate) fn local(
+        name: String,
+        on_panic: impl Fn(HandlerPanic) + Send + Sync + 'static,
+    ) -> Self {
+        // Nobody sends: to other threads it is a thread that has ended.
+        let (_, receiver) = sync_channel(1);
+        Self {
+            endpoint: Arc::new(Endpoint {
+                name,
+                known: OnceLock::new(),
+                receiver: Mutex::new(receiver),
+            }),
+            thread: std::thread::current().id(),
+            on_panic: Arc::new(on_panic),
+        }
+    }
+
     /// Moves `handler` onto the thread and waits until it has started there.
     ///
     /// # Errors
@@ -261,13 +280,16 @@ impl IoHandle {
         std::thread::current().id() == self.thread
     }
 
-    fn call<R: Send + 'static>(
+    pub(crate) fn call<R: Send + 'static>(
         &self,
         f: impl FnOnce(&mut dyn SubscriberOps<Subscriber = Subscriber>) -> Result<R, Error>
         + Send
         + 'static,
     ) -> Result<R, Error> {
         if self.is_current() {
+            #[cfg(any(test, feature = "test-utils"))]
+            return crate::local::call(f);
+            #[cfg(not(any(test, feature = "test-utils")))]
             return Err(Error::OwnThread);
         }
         // A panic of `f` is its caller's error; the thread serves others too.

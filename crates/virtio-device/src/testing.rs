@@ -10,7 +10,7 @@ mod queue;
 mod recorder;
 mod transport;
 
-pub use driver::{MockDriver, register, status};
+pub use driver::{MockDriver, TestIo, register, status};
 pub use pci::TestPci;
 pub use queue::{Buffer, DriverQueue, RawDescriptor};
 pub use recorder::{InterruptRecorder, LONG, wait_until};

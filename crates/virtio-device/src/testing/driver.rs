@@ -1,9 +1,10 @@
 //! A driver over one of the transports.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use kiln_device_api::BusDevice;
-use kiln_io_thread::IoThread;
+use kiln_io_thread::{IoHandle, IoThread, LocalLoop};
 use kiln_memory::{GuestMemory, MemoryOptions, allocate};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -48,7 +49,33 @@ pub mod status {
     pub const FAILED: u32 = 128;
 }
 
-/// A device behind a transport, its I/O thread, RAM with a hole in it, and the driver's side
+/// What a [`MockDriver`]'s device works on.
+#[derive(Debug)]
+pub enum TestIo {
+    /// A thread, as in a machine.
+    Thread(IoThread),
+    /// The test's own thread, whenever the test [lets it](MockDriver::settle).
+    Local(Rc<LocalLoop>),
+}
+
+impl TestIo {
+    fn handle(&self) -> &IoHandle {
+        match self {
+            Self::Thread(thread) => thread.handle(),
+            Self::Local(local) => local.handle(),
+        }
+    }
+
+    /// Another thread, or the same loop.
+    fn another(&self) -> Self {
+        match self {
+            Self::Thread(_) => Self::Thread(spawn_io()),
+            Self::Local(local) => Self::Local(Rc::clone(local)),
+        }
+    }
+}
+
+/// A device behind a transport, what it works on, RAM with a hole in it, and the driver's side
 /// of the queues.
 #[derive(Debug)]
 pub struct MockDriver {
@@ -58,8 +85,8 @@ pub struct MockDriver {
     pub memory: Arc<GuestMemory>,
     /// The interrupts that the transport raised.
     pub line: Arc<InterruptRecorder>,
-    /// The thread that the device works on.
-    pub io: IoThread,
+    /// What the device works on.
+    pub io: TestIo,
     /// The queues, once [`start`](Self::start) has set them up.
     pub queues: Vec<DriverQueue>,
 }
@@ -80,6 +107,8 @@ impl MockDriver {
 
     /// `VIRTIO_F_RING_RESET`.
     pub const RING_RESET: u64 = 1 << 40;
+    /// More turns than any request of a test takes.
+    const REQUEST_TURNS: usize = 1000;
 
     /// Puts a device behind an MMIO transport, as a machine just powered on has it.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
@@ -93,7 +122,29 @@ impl MockDriver {
             (GuestAddress(Self::HIGH), (Self::END - Self::HIGH) as usize),
         ];
         let memory = Arc::new(allocate(&ranges, &MemoryOptions::default()).unwrap());
-        let io = spawn_io();
+        Self::with(kind, device, memory, TestIo::Thread(spawn_io()))
+    }
+
+    /// Puts a device behind a transport, with RAM of the test's own and without a thread: the
+    /// device works when the test lets it [settle](Self::settle), and each run is like the other.
+    ///
+    /// The RAM has to have [`Self::QUEUES`] and what is behind it, if [`start`](Self::start) is to
+    /// be used. A thread can have one such driver at a time.
+    pub fn local(
+        kind: TransportKind,
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+    ) -> Self {
+        let local = LocalLoop::new(|panic| panic!("{panic}")).unwrap();
+        Self::with(kind, device, memory, TestIo::Local(Rc::new(local)))
+    }
+
+    fn with(
+        kind: TransportKind,
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+        io: TestIo,
+    ) -> Self {
         let line = Arc::new(InterruptRecorder::default());
         let handle = io.handle().clone();
         let transport =
@@ -117,7 +168,7 @@ impl MockDriver {
         device: Box<dyn VirtioDevice>,
         state: &TestState,
     ) -> Result<(), TransportError> {
-        let io = spawn_io();
+        let io = self.io.another();
         let line = Arc::new(InterruptRecorder::default());
         let (memory, handle) = (Arc::clone(&self.memory), io.handle().clone());
         self.transport = TestTransport::restore(device, memory, handle, &line, state)?;
@@ -229,6 +280,20 @@ impl MockDriver {
         assert_eq!(self.status(), wanted);
     }
 
+    /// Lets a device without a thread work until it has nothing to do, but for no longer than so
+    /// many turns of its loop; says how many it took. One with a thread works all the time.
+    pub fn settle(&self, turns: usize) -> usize {
+        let TestIo::Local(local) = &self.io else {
+            return 0;
+        };
+        for turn in 0..turns {
+            if local.turn().unwrap() == 0 {
+                return turn;
+            }
+        }
+        turns
+    }
+
     /// Notifies a queue.
     pub fn notify(&self, queue: u32) {
         self.write(register::QUEUE_NOTIFY, queue);
@@ -239,6 +304,7 @@ impl MockDriver {
     pub fn request(&mut self, queue: usize, buffers: &[super::Buffer]) -> u32 {
         let head = self.queues[queue].add(&self.memory, buffers);
         self.notify(queue as u32);
+        self.settle(Self::REQUEST_TURNS);
         let (used, len) = self.queues[queue].wait_used(&self.memory);
         assert_eq!(used, u32::from(head));
         len

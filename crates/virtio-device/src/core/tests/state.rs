@@ -8,7 +8,8 @@ use kiln_io_thread::IoThread;
 use super::{READY, driver, echo};
 use crate::test_device::{EchoDevice, FEATURE};
 use crate::testing::{
-    Buffer, MockDriver, TestState, TransportKind, over_each_transport, register, status, wait_until,
+    Buffer, MockDriver, TestIo, TestState, TransportKind, over_each_transport, register, status,
+    wait_until,
 };
 use crate::{InterruptEvent, TransportError};
 
@@ -147,7 +148,7 @@ fn a_state_that_does_not_fit_is_refused(kind: TransportKind) {
 fn an_ended_io_thread_makes_the_device_need_a_reset(kind: TransportKind) {
     let (mut driver, _) = driver(kind);
     driver.start(0, 8);
-    driver.io = IoThread::spawn("other", |_| ()).unwrap();
+    driver.io = TestIo::Thread(IoThread::spawn("other", |_| ()).unwrap());
     driver.transport.pause();
     assert_ne!(driver.status() & status::NEEDS_RESET, 0);
     driver.transport.resume();
