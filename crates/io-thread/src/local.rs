@@ -165,10 +165,7 @@ mod tests {
     #[test]
     fn a_thread_has_one_loop_at_a_time_and_what_is_attached_goes_with_it() {
         let local = LocalLoop::new(|_| ()).unwrap();
-        assert!(matches!(
-            LocalLoop::new(|_| ()),
-            Err(Error::Spawn { .. })
-        ));
+        assert!(matches!(LocalLoop::new(|_| ()), Err(Error::Spawn { .. })));
         let wake = EventFd::new(0).unwrap();
         let handler = Nested(wake.try_clone().unwrap(), local.handle().clone(), None);
         let attached = local.handle().attach(handler).unwrap();

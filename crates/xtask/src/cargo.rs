@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::{paths, process};
 
-/// The target that programs for release are built for.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The target that programs for release, and those that are fuzzed, are built for.
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Returns a command that runs cargo in the workspace.
 pub fn command(arguments: &[&str]) -> Command {

@@ -7,6 +7,7 @@
 //! - [`host`]: what this machine's own KVM can do, and [`place`]: running guests where they run;
 //! - [`mod@bench`]: Kiln measured beside others;
 //! - [`boot`] and [`mod@test`]: the two commands for users; [`cargo`]: what they build with;
+//! - [`fuzz`]: the fuzz targets, built and run;
 //! - [`api`]: the public interfaces of the published crates, listed and compared;
 //! - [`packages`]: the Debian packages that all this takes, installed when missing;
 //! - [`process`], [`paths`], [`cpio`], [`bzimage`], [`modules`]: the small things below.
@@ -28,6 +29,7 @@ pub mod boot;
 pub mod bzimage;
 pub mod cargo;
 pub mod cpio;
+pub mod fuzz;
 pub mod host;
 pub mod initrd;
 mod integration;

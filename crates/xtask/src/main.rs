@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use kiln_xtask::{api, assets, bench, boot, nested, test};
+use kiln_xtask::{api, assets, bench, boot, fuzz, nested, test};
 
 /// The developer commands of Kiln.
 #[derive(Debug, Parser)]
@@ -35,6 +35,8 @@ enum Action {
     Api(api::ApiArgs),
     /// Measure Kiln beside a bare KVM loop and QEMU's microvm.
     Bench(bench::BenchArgs),
+    /// Fuzz what takes bytes from guests and files.
+    Fuzz(fuzz::FuzzArgs),
     /// Prepare kernels, initrds, a root disk and a disk of tools for guests, and print their paths.
     Guest {
         /// Look for newer kernels.
@@ -85,6 +87,7 @@ fn main() -> ExitCode {
         Action::Test(args) => test::run(&args).map(|()| 0),
         Action::Api(args) => api::run(args).map(|()| 0),
         Action::Bench(args) => bench::run(&args).map(|()| 0),
+        Action::Fuzz(args) => fuzz::run(&args).map(|()| 0),
         Action::Guest { update } => guest(update),
         Action::Nested(args) => run_nested(args),
     };

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::{api, assets, cargo, integration, packages, process};
+use crate::{api, assets, cargo, fuzz, integration, packages, process};
 
 /// The integration tests that boot all that Debian ships, which takes too long for every run.
 const DISTRIBUTION: &str = "distribution";
@@ -38,6 +38,8 @@ pub enum Step {
     Api,
     /// Unit, integration and doc tests on this machine, with its own /dev/kvm where there is one.
     Host,
+    /// Each fuzz target on its corpus, and a few seconds more.
+    Fuzz,
     /// Integration tests with real Linux guests, in a nested machine where needed.
     Linux,
     /// All that Debian ships for a machine to boot, in the same place: every kernel, the installer,
@@ -46,18 +48,19 @@ pub enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Format,
         Self::Clippy,
         Self::Docs,
         Self::Api,
         Self::Host,
+        Self::Fuzz,
         Self::Linux,
         Self::Distribution,
     ];
 
     fn is_lint(self) -> bool {
-        !matches!(self, Self::Host | Self::Linux | Self::Distribution)
+        matches!(self, Self::Format | Self::Clippy | Self::Docs | Self::Api)
     }
 
     fn name(self) -> &'static str {
@@ -67,6 +70,7 @@ impl Step {
             Self::Docs => "docs",
             Self::Api => "api",
             Self::Host => "host",
+            Self::Fuzz => "fuzz",
             Self::Linux => "linux",
             Self::Distribution => DISTRIBUTION,
         }
@@ -74,7 +78,11 @@ impl Step {
 
     fn run(self, filter: Option<&str>) -> Result<()> {
         match self {
-            Self::Format => succeed(&mut cargo::command(&["fmt", "--all", "--check"])),
+            Self::Format => {
+                succeed(&mut cargo::command(&["fmt", "--all", "--check"]))?;
+                let fuzz = ["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"];
+                succeed(&mut cargo::command(&fuzz))
+            }
             Self::Clippy => succeed(&mut cargo::command(&[
                 "clippy",
                 "--quiet",
@@ -93,6 +101,7 @@ impl Step {
                 let mut command = cargo::command(&["test", "--workspace", "--"]);
                 succeed(command.args(filter))
             }
+            Self::Fuzz => fuzz::check(),
             Self::Linux => {
                 assets::guest()?;
                 assets::tools()?;
@@ -133,6 +142,8 @@ fn steps(args: &TestArgs) -> Vec<Step> {
         if args.only.is_empty() {
             *step != Step::Distribution
                 && !(step.is_lint() && (args.skip_lint || args.filter.is_some()))
+                // The targets are no tests of a name.
+                && !(*step == Step::Fuzz && args.filter.is_some())
         } else {
             args.only.contains(step)
         }
@@ -179,8 +190,11 @@ mod tests {
 
     #[test]
     fn lints_are_left_out_where_only_tests_are_wanted() {
-        assert_eq!(steps(&args(None, false, &[])), Step::ALL[..6]);
-        assert_eq!(steps(&args(None, true, &[])), [Step::Host, Step::Linux]);
+        assert_eq!(steps(&args(None, false, &[])), Step::ALL[..7]);
+        assert_eq!(
+            steps(&args(None, true, &[])),
+            [Step::Host, Step::Fuzz, Step::Linux]
+        );
         assert_eq!(
             steps(&args(Some("x"), false, &[])),
             [Step::Host, Step::Linux]

@@ -121,15 +121,23 @@ impl MockDriver {
             (GuestAddress(0), Self::HOLE as usize),
             (GuestAddress(Self::HIGH), (Self::END - Self::HIGH) as usize),
         ];
-        let memory = Arc::new(allocate(&ranges, &MemoryOptions::default()).unwrap());
+        let memory = allocate(&ranges, &MemoryOptions::default()).unwrap();
+        Self::over_memory(kind, device, Arc::new(memory))
+    }
+
+    /// The same with RAM of the test's own. It has to have [`Self::QUEUES`] and what is behind it,
+    /// if [`start`](Self::start) is to be used.
+    pub fn over_memory(
+        kind: TransportKind,
+        device: Box<dyn VirtioDevice>,
+        memory: Arc<GuestMemory>,
+    ) -> Self {
         Self::with(kind, device, memory, TestIo::Thread(spawn_io()))
     }
 
     /// Puts a device behind a transport, with RAM of the test's own and without a thread: the
     /// device works when the test lets it [settle](Self::settle), and each run is like the other.
-    ///
-    /// The RAM has to have [`Self::QUEUES`] and what is behind it, if [`start`](Self::start) is to
-    /// be used. A thread can have one such driver at a time.
+    /// A thread can have one such driver at a time.
     pub fn local(
         kind: TransportKind,
         device: Box<dyn VirtioDevice>,
@@ -304,8 +312,14 @@ impl MockDriver {
     pub fn request(&mut self, queue: usize, buffers: &[super::Buffer]) -> u32 {
         let head = self.queues[queue].add(&self.memory, buffers);
         self.notify(queue as u32);
-        self.settle(Self::REQUEST_TURNS);
-        let (used, len) = self.queues[queue].wait_used(&self.memory);
+        let (used, len) = match self.io {
+            TestIo::Thread(_) => self.queues[queue].wait_used(&self.memory),
+            TestIo::Local(_) => {
+                self.settle(Self::REQUEST_TURNS);
+                let used = self.queues[queue].used(&self.memory);
+                used.expect("the device has settled, and not served the request")
+            }
+        };
         assert_eq!(used, u32::from(head));
         len
     }

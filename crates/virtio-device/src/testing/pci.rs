@@ -177,19 +177,26 @@ impl TestPci {
         self.set_config(self.msix + 2, &[0, 0]);
     }
 
-    fn place(&self, offset: u64) -> u64 {
-        let bar = u32::from_le_bytes(self.config(BAR0)) & !0xf;
-        u64::from(bar) - WINDOW.start + offset
+    /// Where an offset into BAR 0 is in the window; `None` where the BAR is not in it.
+    fn place(&self, offset: u64) -> Option<u64> {
+        let bar = u64::from(u32::from_le_bytes(self.config(BAR0)) & !0xf);
+        WINDOW
+            .contains(&(bar + offset))
+            .then(|| bar + offset - WINDOW.start)
     }
 
-    /// Reads BAR 0, wherever it is.
+    /// Reads BAR 0, wherever it is; nothing answers where it is not in the window.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        self.window.read(self.place(offset), data);
+        if let Some(place) = self.place(offset) {
+            self.window.read(place, data);
+        }
     }
 
     /// Writes BAR 0, wherever it is.
     pub fn write(&self, offset: u64, data: &[u8]) {
-        assert!(self.window.write(self.place(offset), data).is_continue());
+        if let Some(place) = self.place(offset) {
+            assert!(self.window.write(place, data).is_continue());
+        }
     }
 
     /// Reads an address of memory.
