@@ -71,9 +71,6 @@ pub const BENCH: &[Tool] = &[
 /// What building the fuzz targets takes: libFuzzer comes as C++.
 pub(crate) const FUZZ: &[Tool] = &[tool("c++", "g++")];
 
-/// What is measured beside Kiln.
-pub const BENCH: &[Tool] = &[tool("qemu-system-x86_64", "qemu-system-x86")];
-
 /// Makes sure that `tools` are there: the packages of those missing are installed when we are
 /// root, and named together with the command otherwise.
 ///

@@ -408,6 +408,10 @@ impl NetBackend for Cable {
         Ok(())
     }
 
+    fn add_queue_pair(&mut self) -> io::Result<Box<dyn NetBackend>> {
+        Ok(Box::new(Cable(self.0.try_clone()?)))
+    }
+
     fn send(&mut self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
         self.0.send(&gather(packet)).map(drop)
     }
@@ -428,12 +432,17 @@ impl Victim for Network {
         self.0 = Some(peer);
         let options = NetOptions {
             mac: Some(MacAddress::new([2, 1, 2, 3, 4, 5])),
+            queue_pairs: Some(2),
+            ..NetOptions::default()
         };
         Box::new(Net::new(Cable(cable), options).unwrap())
     }
 
     fn requests(&self) -> Vec<Request> {
         const MERGEABLE: u64 = 1 << 15;
+        const CONTROL: u64 = 1 << 17;
+        const CONTROL_RX: u64 = 1 << 18;
+        const PAIRS: u64 = 1 << 22;
         let request = |name, features, queue, readable: &[u8], writable| Request {
             name,
             features,
@@ -447,6 +456,10 @@ impl Victim for Network {
             request("send", 0, 1, &frame, 0),
             request("receive", 0, 0, &[], 100),
             request("receive merged", MERGEABLE, 0, &[], 100),
+            // The control queue is behind all pairs that the driver may use.
+            request("promiscuous", CONTROL | CONTROL_RX, 2, &[0, 0, 1], 1),
+            request("pairs", CONTROL | PAIRS, 4, &[4, 0, 2, 0], 1),
+            request("unknown", CONTROL, 2, &[77, 0, 1], 1),
         ]
     }
 

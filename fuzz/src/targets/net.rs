@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 
 use arbitrary::{Result, Unstructured};
-use kiln_devices::virtio::net::{MacAddress, Net, NetBackend, NetOptions, Offloads};
+use kiln_devices::virtio::net::{MacAddress, Net, NetBackend, NetControl, NetOptions, Offloads};
 use kiln_memory::{GuestSlice, gather, scatter};
 use kiln_virtio_device::VirtioDevice;
 use kiln_virtio_device::testing::{Buffer, MockDriver};
@@ -18,11 +18,11 @@ const LARGEST: usize = 0x1_1000;
 
 /// Does to a network device what the bytes say.
 pub fn net(data: &[u8]) {
-    attack(data, Network(None));
+    attack(data, Network(None, None));
 }
 
-/// The other end of the cable.
-struct Network(Option<UnixDatagram>);
+/// The other end of the cable, and the device's control.
+struct Network(Option<UnixDatagram>, Option<NetControl>);
 
 struct Cable(UnixDatagram);
 
@@ -44,6 +44,10 @@ impl NetBackend for Cable {
 
     fn set_offloads(&mut self, _: Offloads) -> io::Result<()> {
         Ok(())
+    }
+
+    fn add_queue_pair(&mut self) -> io::Result<Box<dyn NetBackend>> {
+        Ok(Box::new(Cable(self.0.try_clone()?)))
     }
 
     fn send(&mut self, packet: &[GuestSlice<'_>]) -> io::Result<()> {
@@ -71,8 +75,12 @@ impl Subject for Network {
         self.0 = Some(peer);
         let options = NetOptions {
             mac: Some(MacAddress::new([2, 1, 2, 3, 4, 5])),
+            queue_pairs: Some(2),
+            ..NetOptions::default()
         };
-        Box::new(Net::new(Cable(cable), options).unwrap())
+        let net = Net::new(Cable(cable), options).unwrap();
+        self.1 = Some(net.control());
+        Box::new(net)
     }
 
     fn host(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
@@ -84,6 +92,11 @@ impl Subject for Network {
                 while peer.recv(&mut [0; 1]).is_ok() {}
                 return Ok(());
             }
+            255 => {
+                let up = u.arbitrary()?;
+                self.1.iter().for_each(|control| control.set_link(up));
+                return Ok(());
+            }
             byte @ 1..200 => usize::from(byte),
             byte => usize::from(byte - 199) * 1237,
         };
@@ -93,6 +106,8 @@ impl Subject for Network {
     }
 
     fn check(&mut self, driver: &mut MockDriver) {
+        self.1.iter().for_each(|control| control.set_link(true));
+        driver.settle(8);
         let peer = self.0.as_ref().unwrap();
         while peer.recv(&mut [0; 1]).is_ok() {}
         driver.fill(DATA, &[0; HEADER]);
