@@ -18,11 +18,17 @@ const LARGEST: usize = 0x1_1000;
 
 /// Does to a network device what the bytes say.
 pub fn net(data: &[u8]) {
-    attack(data, Network(None, None));
+    attack(data, Network::default());
 }
 
-/// The other end of the cable, and the device's control.
-struct Network(Option<UnixDatagram>, Option<NetControl>);
+#[derive(Default)]
+struct Network {
+    /// The other end of the cable.
+    peer: Option<UnixDatagram>,
+    /// The device's end once more, to take off what it has not received.
+    cable: Option<UnixDatagram>,
+    control: Option<NetControl>,
+}
 
 struct Cable(UnixDatagram);
 
@@ -72,19 +78,20 @@ impl Subject for Network {
         for socket in [&cable, &peer] {
             socket.set_nonblocking(true).unwrap();
         }
-        self.0 = Some(peer);
+        self.peer = Some(peer);
+        self.cable = Some(cable.try_clone().unwrap());
         let options = NetOptions {
             mac: Some(MacAddress::new([2, 1, 2, 3, 4, 5])),
             queue_pairs: Some(2),
             ..NetOptions::default()
         };
         let net = Net::new(Cable(cable), options).unwrap();
-        self.1 = Some(net.control());
+        self.control = Some(net.control());
         Box::new(net)
     }
 
     fn host(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
-        let Some(peer) = &self.0 else {
+        let Some(peer) = &self.peer else {
             return Ok(());
         };
         let len = match u.arbitrary::<u8>()? {
@@ -94,7 +101,7 @@ impl Subject for Network {
             }
             255 => {
                 let up = u.arbitrary()?;
-                self.1.iter().for_each(|control| control.set_link(up));
+                self.control.iter().for_each(|control| control.set_link(up));
                 return Ok(());
             }
             byte @ 1..200 => usize::from(byte),
@@ -106,10 +113,14 @@ impl Subject for Network {
     }
 
     fn check(&mut self, driver: &mut MockDriver) {
-        self.1.iter().for_each(|control| control.set_link(true));
+        self.control
+            .iter()
+            .for_each(|control| control.set_link(true));
         driver.settle(8);
-        let peer = self.0.as_ref().unwrap();
-        while peer.recv(&mut [0; 1]).is_ok() {}
+        let (peer, cable) = (self.peer.as_ref().unwrap(), self.cable.as_ref().unwrap());
+        for end in [peer, cable] {
+            while end.recv(&mut [0; 1]).is_ok() {}
+        }
         driver.fill(DATA, &[0; HEADER]);
         driver.fill(DATA + HEADER as u64, b"a frame of the guest");
         driver.request(1, &[Buffer::readable(DATA, HEADER as u32 + 20)]);
