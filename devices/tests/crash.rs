@@ -11,13 +11,13 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_devices::virtio::block::{
-    BackingFiles, Block, BlockBackend, BlockOptions, Qcow2File, RawFile,
+    BackingFiles, Block, BlockBackend, BlockOptions, Qcow2File, RawFile, RawFileError,
 };
 use kiln_memory::{GuestSlice, MemoryOptions, allocate};
-use kiln_virtio_device::testing::{Buffer, MockDriver, register};
+use kiln_virtio_device::testing::{Buffer, LONG, MockDriver, register};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// How often a disk is killed, and how often one of the other kinds.
@@ -151,7 +151,21 @@ impl Kind {
     fn open(self, path: &Path) -> Box<dyn BlockBackend> {
         match self.cluster_bits {
             Some(_) => Box::new(Qcow2File::open(path, false, &BackingFiles::Refuse).unwrap()),
-            None => Box::new(RawFile::open(path, false).unwrap()),
+            None => Box::new(open_raw(path)),
+        }
+    }
+}
+
+/// The kernel puts an io_uring of a process that was killed away some time after the process is
+/// gone, and until then the image is open and locked.
+fn open_raw(path: &Path) -> RawFile {
+    let end = Instant::now() + LONG;
+    loop {
+        match RawFile::open(path, false) {
+            Err(RawFileError::InUse { .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            result => return result.unwrap(),
         }
     }
 }
