@@ -11,6 +11,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use kiln_memory::GuestSlice;
 use rustix::fs::{FlockOperation, flock};
@@ -383,13 +385,25 @@ fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), RawFileError> {
     })
 }
 
+/// How long an image may be in use before it is refused, and the time between two looks.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
 fn lock(file: &File, read_only: bool) -> io::Result<()> {
     let operation = if read_only {
         FlockOperation::NonBlockingLockShared
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    match flock(file, operation) {
+    // The kernel takes an io_uring apart some time after the end of a program that was killed, and
+    // holds the lock until then.
+    let since = Instant::now();
+    let mut result = flock(file, operation);
+    while result == Err(rustix::io::Errno::WOULDBLOCK) && since.elapsed() < LOCK_PATIENCE {
+        thread::sleep(LOCK_PAUSE);
+        result = flock(file, operation);
+    }
+    match result {
         // Some network file systems have no locks; the image is usable there nevertheless.
         Err(rustix::io::Errno::NOTSUP | rustix::io::Errno::NOLCK | rustix::io::Errno::NOSYS) => {
             tracing::warn!("the file system of a disk image has no locks");
