@@ -13,7 +13,8 @@ use kiln_xtask::initrd;
 
 kiln_tests::over_every_transport!(
     ; over mmio when asked:
-    a_guest_uses_several_queues_large_frames_and_offloads,
+    a_guest_uses_several_queues_large_frames_and_offloads;
+    when asked:
     streams_of_a_guest_go_both_ways,
 );
 

@@ -7,7 +7,7 @@ use std::fs::File;
 use kiln_tests::linux::Linux;
 use kiln_vmm::Transport;
 
-kiln_tests::over_every_transport!(; over mmio when asked: the_tools_run_in_a_guest);
+kiln_tests::over_every_transport!(; over mmio when asked: ; when asked: the_tools_run_in_a_guest);
 
 const SCRIPT: &str = r#"
     . kiln-tools
