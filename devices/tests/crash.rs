@@ -21,8 +21,8 @@ use kiln_virtio_device::testing::{Buffer, LONG, MockDriver, register};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// How often a disk is killed, and how often one of the other kinds.
-const KILLS: u64 = 100;
-const FEW_KILLS: u64 = 30;
+const KILLS: u64 = 40;
+const FEW_KILLS: u64 = 10;
 /// A disk of blocks that are written as a whole.
 const BLOCK: usize = 4096;
 const BLOCKS: u64 = 512;
