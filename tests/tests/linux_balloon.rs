@@ -13,9 +13,9 @@ use kiln_vmm::{
 use kiln_xtask::initrd;
 
 kiln_tests::over_every_transport!(
-    ; over mmio when asked:
-    free_memory_of_a_guest_gets_back_to_the_host;
+    ; over mmio when asked: ;
     when asked:
+    free_memory_of_a_guest_gets_back_to_the_host,
     a_balloon_takes_memory_and_lets_the_guest_have_it_again,
 );
 
