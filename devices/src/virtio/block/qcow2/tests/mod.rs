@@ -6,65 +6,18 @@ mod format;
 mod hostile;
 mod locks;
 mod order;
+#[path = "../../../../../tests/qcow2/ram.rs"]
+mod ram;
 mod refused;
 
 use std::fs::File;
-use std::io;
 use std::path::Path;
-
-use kiln_memory::{GuestMemory, GuestSlice, MemoryOptions, allocate};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::{Qcow2Error, Qcow2File};
 use crate::virtio::block::{BackingFiles, BlockBackend};
 use crate::virtio::hostile::Random;
 use format::{empty_image, problem};
-
-/// A guest's RAM, from which disks are read and written in pieces of odd sizes.
-struct Ram(GuestMemory);
-
-const RAM: usize = 8 << 20;
-
-impl Ram {
-    fn new() -> Self {
-        let regions = [(GuestAddress(0), RAM)];
-        Self(allocate(&regions, &MemoryOptions::default()).unwrap())
-    }
-
-    fn pieces(&self, len: usize) -> Vec<GuestSlice<'_>> {
-        let mut pieces = Vec::new();
-        let mut at = 0;
-        while at < len {
-            let now = (1 + at * 7 % 9973).min(len - at);
-            pieces.push(self.0.get_slice(GuestAddress(at as u64), now).unwrap());
-            at += now;
-        }
-        pieces
-    }
-
-    fn read(&self, disk: &mut Qcow2File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
-        // What is not filled is seen.
-        kiln_memory::scatter(&vec![0xee; len], self.pieces(len));
-        disk.read_at(offset, &self.pieces(len))?;
-        Ok(kiln_memory::gather(&self.pieces(len)))
-    }
-
-    fn write(&self, disk: &mut Qcow2File, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        kiln_memory::scatter(bytes, self.pieces(bytes.len()));
-        disk.write_at(offset, &self.pieces(bytes.len()))
-    }
-
-    /// All of the disk.
-    fn contents(&self, disk: &mut Qcow2File) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        while (bytes.len() as u64) < disk.size() {
-            let left = disk.size() - bytes.len() as u64;
-            let now = left.min(RAM as u64) as usize;
-            bytes.extend(self.read(disk, bytes.len() as u64, now).unwrap());
-        }
-        bytes
-    }
-}
+use ram::Ram;
 
 fn open(path: &Path, read_only: bool) -> Result<Qcow2File, Qcow2Error> {
     Qcow2File::open(path, read_only, &BackingFiles::Refuse)
