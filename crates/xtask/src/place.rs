@@ -30,7 +30,7 @@ pub fn run(name: &str, options: &nested::Options, command: &[OsString]) -> Resul
 }
 
 fn run_here(options: &nested::Options, command: &[OsString]) -> Result<u8> {
-    let mut here = here(options, rustix::process::geteuid().is_root(), command);
+    let mut here = here(options, command);
     let status = here
         .status()
         .with_context(|| format!("start `{}`", process::show(&here)))?;
@@ -40,7 +40,12 @@ fn run_here(options: &nested::Options, command: &[OsString]) -> Result<u8> {
     Ok(u8::try_from(status).unwrap_or(nested::FAILED))
 }
 
-fn here(options: &nested::Options, is_root: bool, command: &[OsString]) -> Command {
+/// The command that runs `command` on this machine, as [`run`] does.
+pub(crate) fn here(options: &nested::Options, command: &[OsString]) -> Command {
+    here_as(options, rustix::process::geteuid().is_root(), command)
+}
+
+fn here_as(options: &nested::Options, is_root: bool, command: &[OsString]) -> Command {
     let mut here = process::tied("unshare");
     here.arg("--net");
     if !is_root {
@@ -78,7 +83,7 @@ mod tests {
             limit: Some(Duration::from_secs(9)),
             ..nested::Options::default()
         };
-        let line = process::show(&here(&options, false, &["prog".into(), "arg".into()]));
+        let line = process::show(&here_as(&options, false, &["prog".into(), "arg".into()]));
         let isolated = "unshare --net --user --map-root-user -- timeout";
         assert!(line.contains(isolated), "{line}");
         assert!(
@@ -86,7 +91,7 @@ mod tests {
             "{line}"
         );
         let unlimited = nested::Options::default();
-        let line = process::show(&here(&unlimited, true, &["prog".into()]));
+        let line = process::show(&here_as(&unlimited, true, &["prog".into()]));
         assert!(
             !line.contains("timeout") && !line.contains("--user"),
             "{line}"

@@ -171,7 +171,7 @@ fn linux(filter: Option<&str>, is_wanted: impl Fn(&str) -> bool) -> Result<()> {
 
 /// Returns the name of the file that cargo built the program `test` from: `linux` of
 /// `linux-0123456789abcdef`.
-fn name_of(test: &Path) -> &str {
+pub(crate) fn name_of(test: &Path) -> &str {
     let program = test.file_name().and_then(OsStr::to_str).unwrap_or_default();
     program.rsplit_once('-').map_or(program, |(name, _)| name)
 }
