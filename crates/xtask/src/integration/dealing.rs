@@ -245,8 +245,6 @@ fn lines(from: Option<impl Read>, mut take: impl FnMut(&str)) {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt as _;
-    use std::path::Path;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use super::super::SCRIPT;
@@ -254,37 +252,32 @@ mod tests {
 
     /// A program of tests whose names say what they do: `pass`, `fail`, `none`, and `die-N`, of
     /// which the first N kill the place they run in.
-    fn program(folder: &Path) -> PathBuf {
-        let path = folder.join("tests-0123");
-        let script = format!(
-            "#!/bin/sh
-             echo $3 in $KILN $1 $2 >>{log}
-             read line && echo input >>{log}
-             case $3 in
-             pass*) echo 'test result: ok. 1 passed; 0 failed' ;;
-             none*) echo 'test result: ok. 0 passed; 0 failed' ;;
-             fail*) echo 'test result: FAILED'; exit 101 ;;
-             die*) echo x >>{folder}/$3
-                 [ $(wc -l <{folder}/$3) -gt ${{3#die-}} ] || {{ kill -KILL $PPID; exit; }}
-                 echo 'test result: ok. 1 passed; 0 failed' ;;
-             esac\n",
-            log = folder.join("log").display(),
-            folder = folder.display(),
-        );
-        fs::write(&path, script).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        path
-    }
+    const PROGRAM: &str = r#"#!/bin/sh
+        cd "${0%/*}"
+        echo $3 in $KILN $1 $2 >>log
+        read line && echo input >>log
+        case $3 in
+        pass*) echo 'test result: ok. 1 passed; 0 failed' ;;
+        none*) echo 'test result: ok. 0 passed; 0 failed' ;;
+        fail*) echo 'test result: FAILED'; exit 101 ;;
+        die*) echo x >>$3
+            [ $(wc -l <$3) -gt ${3#die-} ] || { kill -KILL $PPID; exit; }
+            echo 'test result: ok. 1 passed; 0 failed' ;;
+        esac
+    "#;
 
     /// Runs tests, and returns what came of it, what they were called with, in order, and how many
     /// places there were.
     fn run(names: &[&str], places: usize) -> (Result<(), String>, Vec<String>, u32) {
         let folder = tempfile::Builder::new().prefix("a b").tempdir();
         let folder = folder.unwrap();
-        let folder_without_space = tempfile::tempdir().unwrap();
-        let made = program(folder_without_space.path());
         let program = folder.path().join("tests-0123");
-        fs::copy(made, &program).unwrap();
+        // Written by a process of its own: what other tests start would have our file open, and one
+        // that is open for writing cannot be run.
+        let write = r#"printf %s "$1" >"$2"; chmod +x "$2""#;
+        let mut writer = Command::new("sh");
+        writer.args(["-c", write, "sh", PROGRAM]).arg(&program);
+        assert!(writer.status().unwrap().success());
         let tests = names.iter().map(|name| Test {
             program: program.clone(),
             name: (*name).to_owned(),
@@ -299,7 +292,7 @@ mod tests {
             command.arg(SCRIPT);
             command
         });
-        let log = fs::read_to_string(folder_without_space.path().join("log"));
+        let log = fs::read_to_string(folder.path().join("log"));
         let log = log.unwrap_or_default().lines().map(str::to_owned).collect();
         let result = result.map_err(|error| format!("{error:#}"));
         (result, log, started.into_inner())
