@@ -6,6 +6,7 @@
 //! | [`machines`] | machines with these guests, and what a process has because of them |
 //! | [`stubborn`] | machines that are hard to stop |
 //! | [`elf`] | ELF images around them |
+//! | [`bytes`] | bytes for guests to carry |
 //! | [`program`] | the `kiln` program as a process |
 //! | [`linux`] | Debian's kernels as its guests |
 //! | [`tap`] | tap interfaces for their networks |
@@ -29,6 +30,7 @@
 //! | `tests/linux_balloon.rs` | Linux guests whose memory gets back to the host |
 //! | `tests/linux_library.rs` | the library with several of them at once |
 
+pub mod bytes;
 pub mod elf;
 pub mod guests;
 pub mod linux;
