@@ -9,18 +9,54 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::linux::Running;
-use crate::nested::{Figures, Inside, Job, Plan};
+use crate::linux::measure_loads;
+use crate::nested::{Inside, Job, Plan, Task};
 use crate::stats::{Row, rows_to};
 use crate::subject::Subject;
 
 /// The size of the image, in mebibytes.
 const SIZE: usize = 48;
 
+/// Who reads and writes the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Engine {
+    /// Kiln's thread itself; what `auto` makes of an image in memory.
+    KilnSync,
+    KilnIoUring,
+    /// QEMU, as it does by itself.
+    Qemu,
+}
+
+impl Engine {
+    fn subject(self) -> Subject {
+        match self {
+            Self::KilnSync | Self::KilnIoUring => Subject::Kiln,
+            Self::Qemu => Subject::Qemu,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::KilnSync => "kiln, sync",
+            Self::KilnIoUring => "kiln, io_uring",
+            Self::Qemu => Subject::Qemu.name(),
+        }
+    }
+
+    /// What is said of the disk besides.
+    fn options(self) -> &'static str {
+        match self {
+            Self::KilnSync => ",engine=sync",
+            Self::KilnIoUring => ",engine=io_uring",
+            Self::Qemu => "",
+        }
+    }
+}
+
 /// A guest with a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Case {
-    subject: Subject,
+    engine: Engine,
     /// Which of the repetitions.
     run: u32,
 }
@@ -28,31 +64,32 @@ pub(crate) struct Case {
 /// The loads of the guest's script (`resources/guest/bench/block`): what they are called there, and
 /// here.
 const LOADS: [(&str, &str); 5] = [
-    ("randread 4k 1", "4 KiB random read, depth 1"),
-    ("randwrite 4k 1", "4 KiB random write, depth 1"),
-    ("randread 4k 32", "4 KiB random read, depth 32"),
-    ("randwrite 4k 32", "4 KiB random write, depth 32"),
-    ("read 128k 1", "128 KiB sequential read, depth 1"),
+    ("randread/4k/1", "4 KiB random read, depth 1"),
+    ("randwrite/4k/1", "4 KiB random write, depth 1"),
+    ("randread/4k/32", "4 KiB random read, depth 32"),
+    ("randwrite/4k/32", "4 KiB random write, depth 32"),
+    ("read/128k/1", "128 KiB sequential read, depth 1"),
 ];
 
 /// Measures each monitor's disk `runs` times.
 pub(crate) fn run(plan: &Plan<'_>, runs: u32) -> Result<Vec<Row>> {
-    let subjects = plan.programs.monitors();
+    let monitors = plan.programs.monitors();
+    let mut engines = vec![Engine::KilnSync, Engine::KilnIoUring, Engine::Qemu];
+    engines.retain(|engine| monitors.contains(&engine.subject()));
     let cases = (0..runs).flat_map(|run| {
-        subjects
-            .iter()
-            .map(move |&subject| Job::Block(Case { subject, run }))
+        let engines = engines.iter();
+        engines.map(move |&engine| Job::Block(Case { engine, run }))
     });
     let done = plan.collect(&cases.collect::<Vec<_>>())?;
     let mut all = Vec::new();
     for (_, name) in LOADS {
-        let samples = subjects.iter().map(|&subject| {
+        let samples = engines.iter().map(|&engine| {
             let figures = done
                 .iter()
-                .filter(|(job, _)| matches!(job, Job::Block(case) if case.subject == subject))
+                .filter(|(job, _)| matches!(job, Job::Block(case) if case.engine == engine))
                 .flat_map(|(_, figures)| figures)
                 .filter(|(load, _)| load == name);
-            (subject.name(), figures.map(|(_, value)| *value).collect())
+            (engine.name(), figures.map(|(_, value)| *value).collect())
         });
         all.extend(rows_to(
             Subject::Qemu.name(),
@@ -63,23 +100,20 @@ pub(crate) fn run(plan: &Plan<'_>, runs: u32) -> Result<Vec<Row>> {
     Ok(all)
 }
 
-/// Measures all loads once.
-pub(crate) fn measure(case: Case, inside: &Inside) -> Result<Figures> {
+/// Measures what of the loads was not measured yet.
+pub(crate) fn measure(case: Case, inside: &Inside, task: &mut Task) -> Result<()> {
     let guest = inside.guest()?;
     let disk = image(&inside.folder)?;
-    let mut command = inside
-        .programs
-        .linux(case.subject, &guest.vmlinux, &guest.block)?;
-    add_disk(&mut command, case.subject, &guest.tools, "tools", true);
-    add_disk(&mut command, case.subject, &disk, "bench", false);
-    let running = Running::start(&mut command)?;
-    let mut figures = Figures::new();
-    for (load, name) in LOADS {
-        let said = running.load(load)?;
-        let rate = rate(&said).with_context(|| format!("read what fio says: {said}"))?;
-        figures.push((name.to_owned(), 1e6 / rate));
-    }
-    Ok(figures)
+    let subject = case.engine.subject();
+    let command = |loads: &[&str]| {
+        let programs = &inside.programs;
+        let mut command = programs.linux(subject, &guest.vmlinux, &guest.block, loads)?;
+        add_disk(&mut command, subject, &guest.tools, "tools", ",readonly");
+        add_disk(&mut command, subject, &disk, "bench", case.engine.options());
+        Ok(command)
+    };
+    let figure = |said: &str| Ok(1e6 / rate(said)?);
+    measure_loads(&LOADS, task, command, figure)
 }
 
 /// The operations a second in what fio says: `READS;WRITES`.
@@ -101,17 +135,21 @@ fn image(folder: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Adds a disk with an id to a guest.
+/// Adds a disk with an id to a guest, with these options of Kiln's.
 pub(crate) fn add_disk(
     command: &mut Command,
     subject: Subject,
     path: &Path,
     id: &str,
-    is_readonly: bool,
+    options: &str,
 ) {
     let path = path.display();
     if subject == Subject::Qemu {
-        let readonly = if is_readonly { "on" } else { "off" };
+        let readonly = if options.contains(",readonly") {
+            "on"
+        } else {
+            "off"
+        };
         command.arg("-drive").arg(format!(
             "if=none,id={id},file={path},format=raw,readonly={readonly}"
         ));
@@ -119,10 +157,9 @@ pub(crate) fn add_disk(
             .arg("-device")
             .arg(format!("virtio-blk-device,drive={id},serial={id}"));
     } else {
-        let readonly = if is_readonly { ",readonly" } else { "" };
         command
             .arg("--disk")
-            .arg(format!("{path},id={id}{readonly}"));
+            .arg(format!("{path},id={id}{options}"));
     }
 }
 

@@ -148,7 +148,9 @@ pub(crate) fn measure(case: Case, inside: &Inside) -> Result<Figures> {
         Image::Vmlinux => &guest.vmlinux,
         Image::Packed | Image::Cached => &guest.bzimage,
     };
-    let mut command = inside.programs.linux(case.subject, kernel, &guest.hello)?;
+    let mut command = inside
+        .programs
+        .linux(case.subject, kernel, &guest.hello, &[])?;
     let cache = inside.folder.join("cache");
     command.env("XDG_CACHE_HOME", &cache);
     match case.image {

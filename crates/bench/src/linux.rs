@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::nested;
+use crate::nested::{self, Task};
 use crate::subject::{Programs, Subject};
 
 /// How long a guest may print nothing, in the machine's own time: a second is a thousand million
@@ -21,14 +21,25 @@ const MIB: u32 = 256;
 const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1 quiet";
 
 impl Programs {
-    /// A command that runs a Linux guest of one vCPU whose serial port is standard output. Devices
-    /// are for the caller to add.
-    pub(crate) fn linux(&self, subject: Subject, kernel: &Path, initrd: &Path) -> Result<Command> {
+    /// A command that runs a Linux guest of one vCPU whose serial port is standard output, and whose
+    /// script is told to do these loads. Devices are for the caller to add.
+    pub(crate) fn linux(
+        &self,
+        subject: Subject,
+        kernel: &Path,
+        initrd: &Path,
+        loads: &[&str],
+    ) -> Result<Command> {
         let mut command = self.command(subject, kernel, MIB);
+        let mut cmdline = CMDLINE.to_owned();
+        if !loads.is_empty() {
+            cmdline += " loads=";
+            cmdline += &loads.join(",");
+        }
         match subject {
             Subject::Floor => bail!("the floor runs no Linux"),
-            Subject::Kiln => command.args(["--cmdline", CMDLINE]),
-            Subject::Qemu => command.args(["-append", CMDLINE]),
+            Subject::Kiln => command.args(["--cmdline", &cmdline]),
+            Subject::Qemu => command.args(["-append", &cmdline]),
         };
         let option = match subject {
             Subject::Qemu => "-initrd",
@@ -86,6 +97,28 @@ impl Running {
             }
         }
     }
+}
+
+/// Has a guest do what of its script's loads was not measured yet. They are each what the script
+/// calls it, what the figure is called, and what is made of what the guest says.
+pub(crate) fn measure_loads(
+    loads: &[(&str, &str)],
+    task: &mut Task,
+    command: impl FnOnce(&[&str]) -> Result<Command>,
+    figure: impl Fn(&str) -> Result<f64>,
+) -> Result<()> {
+    let left: Vec<_> = loads.iter().filter(|(_, name)| !task.has(name)).collect();
+    let names: Vec<_> = left.iter().map(|(load, _)| *load).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    let running = Running::start(&mut command(&names)?)?;
+    for (load, name) in left {
+        let said = running.load(load)?;
+        let value = figure(&said).with_context(|| format!("understand `{said}`"))?;
+        task.note(name, value)?;
+    }
+    Ok(())
 }
 
 impl Running {

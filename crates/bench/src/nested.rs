@@ -1,9 +1,10 @@
 //! Measuring where a nanosecond is an instruction: in the nested machine, which is started with
 //! `--icount` and given a list of jobs.
 //!
-//! The outer half runs on the host: it hands out the jobs and takes the figures. QEMU's emulation
-//! of a guest within a guest stands still now and then; then what is left of the jobs goes to
-//! another machine. The inner half runs this same program in the machine.
+//! The outer half runs on the host: it hands out the jobs and takes the figures, each as soon as it
+//! is there. QEMU's emulation of a guest within a guest stands still now and then; then what is left
+//! of the jobs goes to another machine, and figures that are there are kept. The inner half runs
+//! this same program in the machine.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -56,12 +57,35 @@ pub(crate) enum Job {
 /// The figures of a job: what, and how much.
 pub(crate) type Figures = Vec<(String, f64)>;
 
+/// A job that is not done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Task {
+    job: Job,
+    /// Its place in the order.
+    index: usize,
+    /// What was measured of it already, in this machine or another.
+    figures: Figures,
+}
+
+impl Task {
+    /// Whether this was measured already.
+    pub(crate) fn has(&self, what: &str) -> bool {
+        self.figures.iter().any(|(known, _)| known == what)
+    }
+
+    /// Notes a figure, and tells the outer half, which keeps it whatever comes next.
+    pub(crate) fn note(&mut self, what: &str, value: f64) -> Result<()> {
+        self.figures.push((what.to_owned(), value));
+        say(&Line::Figure(self.index, what.to_owned(), value))
+    }
+}
+
 /// All that the inner half is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Order {
     programs: Programs,
     guest: Option<GuestFiles>,
-    jobs: Vec<Job>,
+    tasks: Vec<Task>,
 }
 
 /// A line that the inner half prints.
@@ -69,8 +93,10 @@ struct Order {
 enum Line {
     /// A job goes on.
     Progress(String),
-    /// A job is done: its place in the order.
-    Done(usize, Figures),
+    /// A figure of a job: its place in the order, what it is, and how much.
+    Figure(usize, String, f64),
+    /// All of a job is done: its place in the order.
+    Done(usize),
     /// An attempt at a job failed.
     Failed(usize, String),
 }
@@ -86,17 +112,17 @@ pub(crate) struct Plan<'a> {
 impl Plan<'_> {
     /// Does all jobs, and returns each with its figures, in any order.
     pub(crate) fn collect(&self, jobs: &[Job]) -> Result<Vec<(Job, Figures)>> {
-        let mut left = jobs.to_vec();
+        let task = |(index, job): (usize, &Job)| Task {
+            job: *job,
+            index,
+            figures: Figures::new(),
+        };
+        let mut left: Vec<_> = jobs.iter().enumerate().map(task).collect();
         let mut done = Vec::new();
         let mut fruitless = 0;
         while !left.is_empty() {
-            let before = done.len();
-            self.in_one_machine(&mut left, &mut done)?;
-            fruitless = if done.len() > before {
-                0
-            } else {
-                fruitless + 1
-            };
+            let was_of_use = self.in_one_machine(&mut left, &mut done)?;
+            fruitless = if was_of_use { 0 } else { fruitless + 1 };
             if fruitless == FRUITLESS {
                 bail!("{FRUITLESS} nested machines in a row measured nothing");
             }
@@ -108,13 +134,13 @@ impl Plan<'_> {
         Ok(done)
     }
 
-    /// Does the jobs until all are done or the machine shows no sign of life.
-    fn in_one_machine(&self, left: &mut Vec<Job>, done: &mut Vec<(Job, Figures)>) -> Result<()> {
-        let jobs = left.clone();
+    /// Does the jobs until all are done or the machine shows no sign of life. Gives whether
+    /// anything was measured.
+    fn in_one_machine(&self, left: &mut Vec<Task>, done: &mut Vec<(Job, Figures)>) -> Result<bool> {
         let order = Order {
             programs: self.programs.clone(),
             guest: self.guest.cloned(),
-            jobs: jobs.clone(),
+            tasks: left.clone(),
         };
         let file = tempfile::NamedTempFile::new().context("make a temporary file")?;
         serde_json::to_writer(&file, &order).context("write the order")?;
@@ -128,28 +154,18 @@ impl Plan<'_> {
                 }
             }
         });
+        let mut was_of_use = false;
         loop {
             let line = match inbox.recv_timeout(SILENCE) {
                 Ok(line) => line,
                 Err(RecvTimeoutError::Timeout) => {
                     eprintln!("bench: the nested machine stands still: another goes on");
-                    return Ok(());
+                    return Ok(was_of_use);
                 }
-                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(RecvTimeoutError::Disconnected) => return Ok(was_of_use),
             };
             match serde_json::from_str(&line) {
-                Ok(Line::Progress(what)) => eprintln!("bench:   {what}"),
-                Ok(Line::Done(index, figures)) => {
-                    let job = *jobs.get(index).context("the machine did another job")?;
-                    eprintln!("bench: {} of {}: {job:?}", index + 1, jobs.len());
-                    if let Some(at) = left.iter().position(|one| *one == job) {
-                        left.remove(at);
-                    }
-                    done.push((job, figures));
-                }
-                Ok(Line::Failed(index, why)) => {
-                    eprintln!("bench: {:?} failed: {why}", jobs.get(index));
-                }
+                Ok(line) => was_of_use |= take_note(line, left, done)?,
                 Err(_) => eprintln!("bench: {line}"),
             }
         }
@@ -176,6 +192,33 @@ impl Plan<'_> {
     }
 }
 
+/// Follows what the machine says. Gives whether it has measured something.
+fn take_note(line: Line, left: &mut Vec<Task>, done: &mut Vec<(Job, Figures)>) -> Result<bool> {
+    let find = |left: &[Task], index| {
+        let place = left.iter().position(|task| task.index == index);
+        place.context("the machine did another job")
+    };
+    match line {
+        Line::Progress(what) => eprintln!("bench:   {what}"),
+        Line::Figure(index, what, value) => {
+            let at = find(left, index)?;
+            eprintln!("bench: {:?}: {what}: {value:.1}", left[at].job);
+            left[at].figures.push((what, value));
+            return Ok(true);
+        }
+        Line::Done(index) => {
+            let Task { job, figures, .. } = left.remove(find(left, index)?);
+            eprintln!("bench: {} to go", left.len());
+            done.push((job, figures));
+            return Ok(true);
+        }
+        Line::Failed(index, why) => {
+            eprintln!("bench: {:?} failed: {why}", left[find(left, index)?].job);
+        }
+    }
+    Ok(false)
+}
+
 /// A process that ends when this is dropped.
 struct Tied(Child);
 
@@ -196,13 +239,17 @@ pub(crate) struct Inside {
 }
 
 impl Inside {
-    fn measure(&self, job: Job) -> Result<Figures> {
-        match job {
-            Job::Boot(case) => boot::measure(case, self),
-            Job::Exits(case) => exits::measure(case, self),
-            Job::Block(case) => block::measure(case, self),
-            Job::Net(case) => net::measure(case, self),
-        }
+    /// Measures what of a task was not measured yet.
+    fn measure(&self, task: &mut Task) -> Result<()> {
+        let figures = match task.job {
+            Job::Boot(case) => boot::measure(case, self)?,
+            Job::Exits(case) => exits::measure(case, self)?,
+            Job::Block(case) => return block::measure(case, self, task),
+            Job::Net(case) => return net::measure(case, self, task),
+        };
+        figures
+            .into_iter()
+            .try_for_each(|(what, value)| task.note(&what, value))
     }
 
     /// What guests are made of.
@@ -227,15 +274,16 @@ pub(crate) fn inside(order: &Path) -> Result<()> {
         folder,
     };
     warm_up(&inside.programs);
-    for (index, job) in order.jobs.iter().enumerate() {
-        let figures = (1..=ATTEMPTS).find_map(|_| {
-            let figures = inside.measure(*job);
-            figures
-                .map_err(|error| say(&Line::Failed(index, format!("{error:#}"))))
-                .ok()
-        });
-        if let Some(figures) = figures {
-            say(&Line::Done(index, figures))?;
+    for mut task in order.tasks {
+        let index = task.index;
+        for _ in 0..ATTEMPTS {
+            match inside.measure(&mut task) {
+                Ok(()) => {
+                    say(&Line::Done(index))?;
+                    break;
+                }
+                Err(error) => say(&Line::Failed(index, format!("{error:#}")))?,
+            }
         }
     }
     Ok(())
@@ -280,4 +328,36 @@ pub(crate) fn progress(what: &str) -> Result<()> {
 fn say(line: &Line) -> Result<()> {
     println!("{}", serde_json::to_string(line).context("write a line")?);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(index: usize) -> Task {
+        let job = serde_json::json!({"Net": {"subject": "Kiln", "run": index}});
+        Task {
+            job: serde_json::from_value(job).unwrap(),
+            index,
+            figures: Figures::new(),
+        }
+    }
+
+    #[test]
+    fn figures_of_a_job_that_ends_early_are_kept_for_the_next_machine() {
+        let (mut left, mut done) = (vec![task(4), task(7)], Vec::new());
+        let figure = |index, what: &str| Line::Figure(index, what.into(), 2.5);
+        assert!(take_note(figure(7, "send"), &mut left, &mut done).unwrap());
+        let failed = Line::Failed(7, "it stands still".into());
+        assert!(!take_note(failed, &mut left, &mut done).unwrap());
+        assert!(left[1].has("send") && !left[1].has("receive") && !left[0].has("send"));
+
+        assert!(take_note(figure(7, "receive"), &mut left, &mut done).unwrap());
+        assert!(take_note(Line::Done(7), &mut left, &mut done).unwrap());
+        assert_eq!((left.len(), left[0].index), (1, 4));
+        let (job, figures) = &done[0];
+        assert_eq!(*job, task(7).job);
+        assert_eq!(figures, &[("send".into(), 2.5), ("receive".into(), 2.5)]);
+        assert!(take_note(Line::Done(7), &mut left, &mut done).is_err());
+    }
 }

@@ -6,8 +6,9 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::linux::Running;
-use crate::nested::{Figures, Inside, Job, Plan};
+use crate::block::add_disk;
+use crate::linux::measure_loads;
+use crate::nested::{Inside, Job, Plan, Task};
 use crate::stats::{Row, rows_to};
 use crate::subject::Subject;
 
@@ -60,16 +61,30 @@ pub(crate) fn run(plan: &Plan<'_>, runs: u32) -> Result<Vec<Row>> {
     Ok(all)
 }
 
-/// Measures all loads once.
-pub(crate) fn measure(case: Case, inside: &Inside) -> Result<Figures> {
+/// Measures what of the loads was not measured yet.
+pub(crate) fn measure(case: Case, inside: &Inside, task: &mut Task) -> Result<()> {
     let guest = inside.guest()?;
     make_tap()?;
     let _server = Server::start()?;
-    let mut command = inside
-        .programs
-        .linux(case.subject, &guest.vmlinux, &guest.net)?;
-    crate::block::add_disk(&mut command, case.subject, &guest.tools, "tools", true);
-    if case.subject == Subject::Qemu {
+    let command = |loads: &[&str]| {
+        let programs = &inside.programs;
+        let mut command = programs.linux(case.subject, &guest.vmlinux, &guest.net, loads)?;
+        add_disk(
+            &mut command,
+            case.subject,
+            &guest.tools,
+            "tools",
+            ",readonly",
+        );
+        add_tap(&mut command, case.subject);
+        Ok(command)
+    };
+    let figure = |said: &str| Ok(rate(said)? * 1000.0 / 8.0 / 1024.0 / MILLIONS);
+    measure_loads(&LOADS, task, command, figure)
+}
+
+fn add_tap(command: &mut Command, subject: Subject) {
+    if subject == Subject::Qemu {
         let netdev = format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off");
         command.args([
             "-netdev",
@@ -80,14 +95,6 @@ pub(crate) fn measure(case: Case, inside: &Inside) -> Result<Figures> {
     } else {
         command.args(["--net", &format!("tap={TAP}")]);
     }
-    let running = Running::start(&mut command)?;
-    let mut figures = Figures::new();
-    for (load, name) in LOADS {
-        let said = running.load(load)?;
-        let rate = rate(&said).with_context(|| format!("read what iperf3 says: {said}"))?;
-        figures.push((name.to_owned(), rate * 1000.0 / 8.0 / 1024.0 / MILLIONS));
-    }
-    Ok(figures)
 }
 
 /// The rate in a line of iperf3's, in kilobits a second.
