@@ -9,7 +9,7 @@ use std::sync::Arc;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::HandlerPanic;
+use crate::{HandlerPanic, pace};
 
 /// Something that waits for file descriptors and runs when they are ready.
 pub trait IoHandler: Send + 'static {
@@ -80,6 +80,12 @@ impl Registrar<'_, '_> {
     pub fn remove(&mut self, fd: &impl AsRawFd) -> io::Result<()> {
         self.fds.retain(|known| *known != fd.as_raw_fd());
         self.ops.remove(Events::empty(fd)).map_err(to_io)
+    }
+
+    /// Says how much was done, in requests of some KiB or fewer: a thread that does very many a second
+    /// is not in a hurry, and lets others finish when it is woken.
+    pub fn note_work(&mut self, count: u64) {
+        pace::note_work(count);
     }
 
     /// Stops waiting for every file descriptor of this handler.

@@ -16,6 +16,7 @@
 //! | `cpus` | [`CpuList`]: the CPUs that a thread may run on |
 //! | `set` | [`IoThreadSet`]: the threads that share one device's work |
 //! | `local` | `LocalLoop`: a loop that a test turns itself (feature `test-utils`) |
+//! | `pace` | whether a thread takes the processor from others when it is woken |
 //! | `handler` | [`IoHandler`], [`IoEvent`], [`Registrar`]: what a handler implements and is given |
 //!
 //! # Example
@@ -55,12 +56,13 @@
 //! # }
 //! ```
 #![deny(missing_docs)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod cpus;
 mod handler;
 #[cfg(any(test, feature = "test-utils"))]
 mod local;
+mod pace;
 mod set;
 mod thread;
 

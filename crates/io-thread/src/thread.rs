@@ -15,6 +15,7 @@ use kiln_device_api::panic_message;
 
 use crate::CpuList;
 use crate::handler::{IoHandler, PanicHook, Subscriber};
+use crate::pace::Pace;
 
 /// The stack of an I/O thread, in bytes: handlers keep their buffers on the heap.
 const STACK_SIZE: usize = 256 * 1024;
@@ -76,6 +77,9 @@ impl fmt::Display for HandlerPanic {
 
 /// One thread with one epoll loop. Dropping it ends the loop and joins the thread; handlers still
 /// attached are dropped there.
+///
+/// While its handlers [do very much](crate::Registrar::note_work) its scheduling policy is
+/// `SCHED_BATCH`, unless it was started with another than the default one.
 pub struct IoThread {
     handle: IoHandle,
     stop: Arc<AtomicBool>,
@@ -126,11 +130,13 @@ impl IoThread {
                     }
                 };
                 let _ = sender.send(Ok(manager.remote_endpoint()));
+                let mut pace = Pace::of_this_thread();
                 while !stopped.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
                         tracing::error!("I/O thread ends: epoll: {error}");
                         break;
                     }
+                    pace.look();
                 }
             })
             .map_err(|source| Error::Spawn {

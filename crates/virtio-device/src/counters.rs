@@ -23,6 +23,18 @@ pub struct QueueCounters {
     pub interrupts: AtomicU64,
 }
 
+/// The bytes that count as a request.
+const REQUEST_BYTES: u64 = 4096;
+
+impl QueueCounters {
+    /// What was done, in requests: large ones count as several.
+    pub(crate) fn work(&self) -> u64 {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let bytes = load(&self.bytes_from_driver).wrapping_add(load(&self.bytes_to_driver));
+        load(&self.requests).wrapping_add(bytes / REQUEST_BYTES)
+    }
+}
+
 /// What a device has done since it was made, whatever type of device it is.
 ///
 /// Interrupts that a worker sends by a [`notifier`](VirtioInterrupt::notifier) of its own are not

@@ -248,11 +248,13 @@ impl<H: QueueHandler> Runner<H> {
         };
         // Set while the handler runs: one that panics is not called again.
         self.failed = true;
+        let before = queue.counters.work();
         let handler = &mut self.handler;
         let (memory, spare) = (&self.memory, &mut self.spare);
         let ended = turn_on(queue, memory, spare, &*self.interrupt.0, |turn| {
             handler.process(turn, registrar)
         });
+        registrar.note_work(queue.counters.work().wrapping_sub(before));
         self.failed = ended.is_err();
         match ended {
             // The rest waits until the other queues had their turn.
