@@ -14,14 +14,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_devices::virtio::block::{
-    BackingFiles, Block, BlockBackend, BlockOptions, Qcow2File, RawFile, RawFileError,
+    BackingFiles, Block, BlockBackend, BlockOptions, IoEngine, Qcow2File, RawFile, RawFileError,
 };
 use kiln_memory::{GuestSlice, MemoryOptions, allocate};
 use kiln_virtio_device::testing::{Buffer, LONG, MockDriver, register};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// How often a disk is killed, and how often one of the other kinds.
-const KILLS: u64 = 40;
+const KILLS: u64 = 30;
 const FEW_KILLS: u64 = 10;
 /// A disk of blocks that are written as a whole.
 const BLOCK: usize = 4096;
@@ -64,8 +64,12 @@ const STATUS: u64 = 0x1800;
 const DATA: u64 = 0x20_0000;
 
 impl Driver {
-    fn new(backend: Box<dyn BlockBackend>, features: u64) -> Self {
-        let block = Block::new(backend, BlockOptions::default()).unwrap();
+    fn new(backend: Box<dyn BlockBackend>, engine: IoEngine, features: u64) -> Self {
+        let options = BlockOptions {
+            engine,
+            ..BlockOptions::default()
+        };
+        let block = Block::new(backend, options).unwrap();
         let mut driver = MockDriver::new(Box::new(block));
         driver.start(features, 64);
         Self(driver)
@@ -101,34 +105,46 @@ struct Kind {
     name: &'static str,
     /// The clusters of a qcow2 image, as a power of two; none for a raw image.
     cluster_bits: Option<u32>,
+    engine: IoEngine,
     /// Whether the driver flushes; else each write has to last.
     flushes: bool,
 }
 
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 6] = [
     Kind {
         name: "raw",
         cluster_bits: None,
+        engine: IoEngine::IoUring,
+        flushes: true,
+    },
+    Kind {
+        name: "raw-sync",
+        cluster_bits: None,
+        engine: IoEngine::Sync,
         flushes: true,
     },
     Kind {
         name: "raw-write-through",
         cluster_bits: None,
+        engine: IoEngine::Auto,
         flushes: false,
     },
     Kind {
         name: "qcow2",
         cluster_bits: Some(16),
+        engine: IoEngine::Auto,
         flushes: true,
     },
     Kind {
         name: "qcow2-small-clusters",
         cluster_bits: Some(9),
+        engine: IoEngine::Auto,
         flushes: true,
     },
     Kind {
         name: "qcow2-write-through",
         cluster_bits: Some(12),
+        engine: IoEngine::Auto,
         flushes: false,
     },
 ];
@@ -180,7 +196,8 @@ fn the_program_that_is_killed() {
     let variable = |name| std::env::var(name).unwrap();
     let kind = Kind::named(&variable(KIND));
     let disk = kind.open(Path::new(&variable(IMAGE)));
-    let mut driver = Driver::new(disk, if kind.flushes { FLUSH_FEATURE } else { 0 });
+    let features = if kind.flushes { FLUSH_FEATURE } else { 0 };
+    let mut driver = Driver::new(disk, kind.engine, features);
     // What the test harness prints goes before.
     let mut report = io::stdout();
     report.write_all(b"begin\n").unwrap();
@@ -329,6 +346,7 @@ fn check_with_qemu(path: &Path, what: &str) {
 #[test]
 fn a_raw_disk_has_what_was_flushed_whenever_the_machine_is_killed() {
     survives_kills("raw", KILLS);
+    survives_kills("raw-sync", KILLS);
     survives_kills("raw-write-through", FEW_KILLS);
 }
 
@@ -381,7 +399,11 @@ impl BlockBackend for Volatile {
 #[test]
 fn what_a_driver_has_seen_to_last_survives_a_loss_of_power() {
     let disk = Volatile::default();
-    let mut driver = Driver::new(Box::new(disk.clone()), FLUSH_FEATURE | CONFIG_WCE);
+    let mut driver = Driver::new(
+        Box::new(disk.clone()),
+        IoEngine::Auto,
+        FLUSH_FEATURE | CONFIG_WCE,
+    );
     let mut expected = BTreeMap::new();
     let mut pending = BTreeMap::new();
     let mut lasting = false;

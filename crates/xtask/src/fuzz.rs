@@ -242,7 +242,11 @@ impl<'a> Job<'a> {
     fn minimize(&self) -> Result<()> {
         self.make_folders()?;
         let least = tempfile::tempdir().context("make a folder for inputs")?;
-        let mut command = self.command(["-merge=1".to_owned()]);
+        // What is reached counts, and not how often: else there are thousands.
+        let mut command = self.command([
+            "-set_cover_merge=1".to_owned(),
+            "-use_counters=0".to_owned(),
+        ]);
         command
             .arg(least.path())
             .arg(self.found())

@@ -49,7 +49,7 @@ pub(crate) fn problem(image: &[u8]) -> Option<String> {
         used(table + number * cluster, None);
     }
     for index in 0..table_clusters * cluster / 8 {
-        match bytes(table + 8 * index, 8) {
+        match place(bytes(table + 8 * index, 8)) {
             0 => {}
             block => used(block, None),
         }
@@ -80,7 +80,7 @@ pub(crate) fn problem(image: &[u8]) -> Option<String> {
     }
     let per_block = cluster_bits + 3 - order;
     for (number, (count, copied)) in uses {
-        let block = bytes(table + 8 * (number >> per_block), 8);
+        let block = place(bytes(table + 8 * (number >> per_block), 8));
         let at = (number & ((1 << per_block) - 1)) << order >> 3;
         let refcount = match block {
             0 => 0,
