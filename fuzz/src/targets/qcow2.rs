@@ -216,7 +216,7 @@ impl<'a> Guest<'a> {
         drop(self.disk);
         let mut now = vec![0; FIXED];
         self.file.read_exact_at(&mut now, 0).unwrap();
-        assert!(now == image[..FIXED], "the header has changed");
+        assert_eq!(now, image[..FIXED], "the header has changed");
         let (len, most) = (len(&self.file), self.limit);
         assert!(len <= most, "the file has grown to {len}, not {most} bytes");
         if self.content.is_none() || flushed.is_err() {

@@ -51,6 +51,7 @@ pub(super) fn open(
         }
     };
     let access = access(path, &file, !read_only, backing)?;
+    file.begin_use();
     Ok(Chain {
         access,
         file,

@@ -20,7 +20,7 @@ pub(super) const REFCOUNT_TABLE: u64 = 48;
 pub(super) const L1_TABLE: usize = 36;
 
 /// The header's bytes in version 2, and the least in version 3.
-const HEADER_V2: usize = 72;
+pub(super) const HEADER_V2: usize = 72;
 const HEADER_V3: usize = 104;
 /// The sizes that a cluster can have, as powers of two.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;

@@ -30,7 +30,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use kiln_memory::GuestSlice;
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::header::{Header, L1_TABLE};
+use super::header::{HEADER_V2, Header, L1_TABLE};
 use super::refcounts::Layout;
 use crate::virtio::iovec::{read_at_most, write_all_at};
 
@@ -65,6 +65,8 @@ struct Written {
     refcounts: Layout,
     /// Where the L1 table is, by the header in the file.
     l1_table: AtomicU64,
+    /// Whether the image is open, and the guest has to do with what the driver writes.
+    in_use: AtomicBool,
 }
 
 /// What was done to a file.
@@ -106,6 +108,7 @@ impl ImageFile {
                 order: header.refcount_order,
             },
             l1_table: AtomicU64::new(header.l1_table),
+            in_use: AtomicBool::new(false),
         };
         Arc::new(Self {
             file,
@@ -121,6 +124,13 @@ impl ImageFile {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Says that the image is open: nothing but the places of tables changes in its header any more.
+    pub(super) fn begin_use(&self) {
+        if let Some(written) = &self.written {
+            written.in_use.store(true, Ordering::Relaxed);
+        }
     }
 
     /// From now on every write fails.
@@ -143,32 +153,54 @@ impl ImageFile {
         self.journal.lock().unwrap().push(operation);
     }
 
-    /// How to write `len` bytes at `offset`, where that may be.
-    fn writing(&self, content: Content, offset: u64, len: u64) -> io::Result<&Written> {
+    /// What has to be known to write the file, if that may be.
+    fn written(&self) -> io::Result<&Written> {
         let frozen = self.frozen.load(Ordering::Relaxed);
         let written = self.written.as_ref().filter(|_| !frozen);
-        let written = written.ok_or(io::ErrorKind::ReadOnlyFilesystem)?;
+        Ok(written.ok_or(io::ErrorKind::ReadOnlyFilesystem)?)
+    }
+
+    /// How to write `len` bytes at `offset`, where that may be: not in the header, for one.
+    fn writing(&self, offset: u64, len: u64) -> io::Result<&Written> {
+        let written = self.written()?;
         let end = offset.checked_add(len).filter(|end| *end <= written.limit);
-        let is_header = content == Content::Data && offset < written.data_start;
-        if end.is_none() || is_header {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the image's tables lead to where no data can be",
-            ));
+        match end {
+            Some(_) if offset >= written.data_start => Ok(written),
+            _ => Err(forbidden()),
         }
-        Ok(written)
+    }
+
+    /// How to write `bytes` at `offset` for the driver itself, as the header. A table can be there,
+    /// too, where an image's refcounts are wrong: that is not written.
+    fn writing_header(&self, offset: u64, bytes: &[u8]) -> io::Result<&Written> {
+        let written = self.written()?;
+        if !written.in_use.load(Ordering::Relaxed) {
+            return Ok(written);
+        }
+        let mut before = [0; L1_TABLE];
+        let read = self.file.read_at(&mut before, 0)?;
+        let is_same = read == before.len() && bytes.starts_with(&before);
+        match offset == 0 && bytes.len() == HEADER_V2 && is_same {
+            true => Ok(written),
+            false => Err(forbidden()),
+        }
     }
 
     /// Does what has to be done before `bytes` are written at `offset`.
     fn prepare(&self, content: Content, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let written = self.writing(content, offset, bytes.len() as u64)?;
-        if content == Content::Tables {
-            if let Ok(entry) = bytes.try_into() {
+        let tables = content == Content::Tables;
+        let is_header = tables && offset < self.written()?.data_start;
+        let written = match is_header {
+            true => self.writing_header(offset, bytes)?,
+            false => self.writing(offset, bytes.len() as u64)?,
+        };
+        if tables {
+            if is_header {
+                self.take_l1_table(written, bytes)?;
+            } else if let Ok(entry) = bytes.try_into() {
                 // An entry of the L1 table or of the refcount table: all else is longer.
                 let cluster = u64::from_be_bytes(entry) & POINTER;
                 self.take(written, cluster)?;
-            } else if offset == 0 {
-                self.take_l1_table(written, bytes)?;
             }
             if self.unsynced.load(Ordering::Relaxed) {
                 self.sync()?;
@@ -199,7 +231,7 @@ impl ImageFile {
 
     fn take(&self, written: &Written, cluster: u64) -> io::Result<()> {
         if let Some(change) = written.refcounts.take(&self.file, cluster)? {
-            self.writing(Content::Tables, change.offset, change.bytes.len() as u64)?;
+            self.writing(change.offset, change.bytes.len() as u64)?;
             self.write_all(&change.bytes, change.offset)?;
             self.unsynced.store(true, Ordering::Relaxed);
         }
@@ -209,7 +241,7 @@ impl ImageFile {
     /// Gives the host back what the file has of the guest's data at a place that no table leads to
     /// any more; nothing happens where the file system cannot.
     pub(super) fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.writing(Content::Data, offset, len)?;
+        self.writing(offset, len)?;
         #[cfg(test)]
         self.note(offset, vec![0; len as usize]);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -224,6 +256,14 @@ impl ImageFile {
         self.note(offset, bytes.to_vec());
         self.file.write_all_at(bytes, offset)
     }
+}
+
+/// A place that is not for what would be written there.
+fn forbidden() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the image's tables lead to where no data can be",
+    )
 }
 
 /// What a file holds for the driver.
@@ -261,7 +301,7 @@ impl Image {
     /// Writes from guest RAM at `offset`.
     pub(super) fn write_guest(&self, slices: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
         let len = slices.iter().map(|slice| slice.len() as u64).sum();
-        self.file.writing(Content::Data, offset, len)?;
+        self.file.writing(offset, len)?;
         #[cfg(test)]
         self.file.note(offset, kiln_memory::gather(slices));
         write_all_at(self.file.file.as_fd(), slices, offset)
@@ -328,7 +368,7 @@ impl Storage for Image {
 
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
         // It is data: the driver writes no table so.
-        self.file.writing(self.content, offset, length)?;
+        self.file.writing(offset, length)?;
         self.file.unsynced.store(true, Ordering::Relaxed);
         #[cfg(test)]
         self.file.note(offset, vec![0; length as usize]);

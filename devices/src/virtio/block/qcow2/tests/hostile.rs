@@ -163,6 +163,41 @@ fn a_guest_cannot_write_the_header_of_its_image() {
 }
 
 #[test]
+fn a_driver_puts_no_table_into_the_header_of_an_image() {
+    let ram = Ram::new();
+    // A disk with many L2 tables of which none is there yet, and a compressed cluster that seems to
+    // be in the image's first: written over, that one is free, and the next table is put there.
+    for seed in 0..8 {
+        let cluster = CLUSTER as u64;
+        let mut image = empty_image(9, 4, 2 << 20);
+        let l2 = image.len() as u64;
+        image.resize(image.len() + CLUSTER, 0);
+        image[3 * CLUSTER..][..8].copy_from_slice(&(1 << 63 | l2).to_be_bytes());
+        image[2 * CLUSTER + (l2 / cluster) as usize * 2 + 1] = 1;
+        for entry in 0..seed + 1 {
+            let at = l2 as usize + 8 * entry;
+            image[at..at + 8].copy_from_slice(&u64::to_be_bytes(1 << 62));
+        }
+        let file = file_with(&image);
+        let copy = file.try_clone().unwrap();
+        let opened = Qcow2File::from_file(file, "image", false, &BackingFiles::Refuse);
+        let mut disk = opened.unwrap();
+        for round in 0..60 {
+            let place = match round {
+                0..8 => round * cluster,
+                _ => round * 64 * cluster,
+            };
+            let _ = ram.write(&mut disk, place % (2 << 20), &pattern(round, 512));
+            let _ = disk.flush();
+        }
+        drop(disk);
+        let mut start = [0; 36];
+        std::os::unix::fs::FileExt::read_exact_at(&copy, &mut start, 0).unwrap();
+        assert_eq!(start[..36], image[..36], "{seed}");
+    }
+}
+
+#[test]
 fn tables_that_lead_far_away_do_not_make_the_file_large() {
     let ram = Ram::new();
     let mut image = small_image();
