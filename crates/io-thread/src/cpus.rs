@@ -68,8 +68,13 @@ impl CpuList {
         (!cpus.is_empty()).then_some(Self { cpus })
     }
 
-    /// Lets the thread that this is called on run on these CPUs alone.
-    pub(crate) fn pin_this_thread(&self) -> io::Result<()> {
+    /// Lets the thread that this is called on run on these CPUs alone; threads that it starts later
+    /// begin with the same. Linux leaves CPUs that are not online out without a word.
+    ///
+    /// # Errors
+    ///
+    /// What the system says, as where none of them is online or the process may use none of them.
+    pub fn pin_this_thread(&self) -> io::Result<()> {
         let mut set = CpuSet::new();
         for cpu in &self.cpus {
             set.set(usize::from(*cpu));

@@ -15,7 +15,7 @@
 //! | `thread` | [`IoThread`], [`IoHandle`], [`Attached`] |
 //! | `cpus` | [`CpuList`]: the CPUs that a thread may run on |
 //! | `set` | [`IoThreadSet`]: the threads that share one device's work |
-//! | `local` | `LocalLoop`: a loop that a test turns itself (feature `test-utils`) |
+//! | `io_loop` | [`IoLoop`]: the same on a thread that the program has already |
 //! | `pace` | whether a thread takes the processor from others when it is woken |
 //! | `handler` | [`IoHandler`], [`IoEvent`], [`Registrar`]: what a handler implements and is given |
 //!
@@ -60,16 +60,14 @@
 
 mod cpus;
 mod handler;
-#[cfg(any(test, feature = "test-utils"))]
-mod local;
+mod io_loop;
 mod pace;
 mod set;
 mod thread;
 
 pub use cpus::{CpuList, CpuListError};
 pub use handler::{IoEvent, IoHandler, Registrar};
-#[cfg(any(test, feature = "test-utils"))]
-pub use local::LocalLoop;
+pub use io_loop::IoLoop;
 pub use set::IoThreadSet;
 pub use thread::{Attached, Error, HandlerPanic, IoHandle, IoThread};
 pub use vmm_sys_util::epoll::EventSet;

@@ -85,6 +85,15 @@ impl Pace {
     }
 }
 
+impl Drop for Pace {
+    /// A program's own thread may have something else to do later.
+    fn drop(&mut self) {
+        if self.batches {
+            (self.set)(false);
+        }
+    }
+}
+
 fn set_policy(batches: bool) -> bool {
     let policy = if batches {
         libc::SCHED_BATCH

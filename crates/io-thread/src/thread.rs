@@ -9,12 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle, ThreadId};
+use std::time::Duration;
 
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId, SubscriberOps};
 use kiln_device_api::panic_message;
 
 use crate::CpuList;
 use crate::handler::{IoHandler, PanicHook, Subscriber};
+use crate::io_loop;
 use crate::pace::Pace;
 
 /// The stack of an I/O thread, in bytes: handlers keep their buffers on the heap.
@@ -148,7 +150,7 @@ impl IoThread {
                 endpoint: Arc::new(Endpoint {
                     name: name.to_owned(),
                     known: OnceLock::new(),
-                    receiver: Mutex::new(receiver),
+                    receiver: Some(Mutex::new(receiver)),
                 }),
                 thread: join.thread().id(),
                 on_panic: Arc::new(on_panic),
@@ -195,7 +197,7 @@ impl fmt::Debug for IoThread {
     }
 }
 
-/// The end of an [`IoThread`] by which handlers are attached to it.
+/// The end of an [`IoThread`] or an [`IoLoop`](crate::IoLoop) by which handlers are attached to it.
 #[derive(Clone)]
 pub struct IoHandle {
     endpoint: Arc<Endpoint>,
@@ -203,22 +205,25 @@ pub struct IoHandle {
     on_panic: PanicHook,
 }
 
-/// The thread's own end of its event manager, which the thread sends when it has it.
+/// The thread's own end of its event manager.
 struct Endpoint {
     /// The thread's name, for an error.
     name: String,
     known: OnceLock<Result<RemoteEndpoint<Subscriber>, io::Error>>,
-    receiver: Mutex<Receiver<io::Result<RemoteEndpoint<Subscriber>>>>,
+    /// Where the thread sends it; nothing where it is an [`IoLoop`](crate::IoLoop).
+    receiver: Option<Mutex<Receiver<io::Result<RemoteEndpoint<Subscriber>>>>>,
 }
 
 impl Endpoint {
     /// Waits for it, the first time.
     fn get(&self) -> Result<&RemoteEndpoint<Subscriber>, Error> {
         let known = self.known.get_or_init(|| {
-            let receiver = self.receiver.lock().unwrap_or_else(PoisonError::into_inner);
-            receiver
-                .recv()
-                .unwrap_or_else(|_| Err(io::Error::other("the thread has ended")))
+            let ended = || Err(io::Error::other("the thread has ended"));
+            let Some(receiver) = &self.receiver else {
+                return ended();
+            };
+            let receiver = receiver.lock().unwrap_or_else(PoisonError::into_inner);
+            receiver.recv().unwrap_or_else(|_| ended())
         });
         known.as_ref().map_err(|error| Error::Spawn {
             name: self.name.clone(),
@@ -228,22 +233,29 @@ impl Endpoint {
 }
 
 impl IoHandle {
-    /// An end of a loop that this thread runs itself.
-    #[cfg(any(test, feature = "test-utils"))]
-    pub(crate) fn local(
+    /// An end of a loop that this thread turns itself.
+    pub(crate) fn own_loop(
         name: String,
+        endpoint: RemoteEndpoint<Subscriber>,
         on_panic: impl Fn(HandlerPanic) + Send + Sync + 'static,
     ) -> Self {
-        // Nobody sends: to other threads it is a thread that has ended.
-        let (_, receiver) = sync_channel(1);
         Self {
             endpoint: Arc::new(Endpoint {
                 name,
-                known: OnceLock::new(),
-                receiver: Mutex::new(receiver),
+                known: OnceLock::from(Ok(endpoint)),
+                receiver: None,
             }),
             thread: std::thread::current().id(),
             on_panic: Arc::new(on_panic),
+        }
+    }
+
+    /// The same end, whose handlers' panics are told to `on_panic`.
+    #[must_use]
+    pub fn telling(&self, on_panic: impl Fn(HandlerPanic) + Send + Sync + 'static) -> Self {
+        Self {
+            on_panic: Arc::new(on_panic),
+            ..self.clone()
         }
     }
 
@@ -252,7 +264,7 @@ impl IoHandle {
     /// # Errors
     ///
     /// [`Error::Start`] where the handler refused; [`Error::Ended`] where the thread has ended;
-    /// [`Error::OwnThread`] when called on that thread.
+    /// [`Error::OwnThread`] when a handler on that thread calls it.
     pub fn attach<H: IoHandler>(&self, handler: H) -> Result<Attached<H>, Error> {
         let subscriber = Subscriber::new(Box::new(handler), Arc::clone(&self.on_panic));
         let id = self.call(move |ops| {
@@ -281,8 +293,43 @@ impl IoHandle {
         self.endpoint.get().map(|_| ())
     }
 
-    /// Whether this is called on the I/O thread itself.
+    /// Whether this is called by a handler on this end's thread: such a call must not wait for
+    /// what the thread does.
     pub fn is_current(&self) -> bool {
+        self.is_of_this_thread() && (!self.is_own_loop() || io_loop::is_turning())
+    }
+
+    /// Whether this thread is the one that turns the loop, and no handler of it: then nothing
+    /// happens there that this thread waits for, but in a [turn](Self::turn).
+    pub fn is_to_be_turned(&self) -> bool {
+        self.is_own_loop() && self.is_of_this_thread() && !io_loop::is_turning()
+    }
+
+    /// Turns the loop of this thread, as [`IoLoop::turn`](crate::IoLoop::turn) does.
+    ///
+    /// # Errors
+    ///
+    /// As there; [`io::ErrorKind::Unsupported`] where the loop is not this thread's.
+    pub fn turn(&self, timeout: Option<Duration>) -> io::Result<usize> {
+        if !(self.is_own_loop() && self.is_of_this_thread()) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        io_loop::turn(timeout)
+    }
+
+    /// Ends the thread's wait for events, if it waits.
+    pub fn wake(&self) {
+        if let Ok(endpoint) = self.endpoint.get() {
+            // It fails where there is a wake-up already.
+            let _ = endpoint.kick();
+        }
+    }
+
+    fn is_own_loop(&self) -> bool {
+        self.endpoint.receiver.is_none()
+    }
+
+    fn is_of_this_thread(&self) -> bool {
         std::thread::current().id() == self.thread
     }
 
@@ -292,10 +339,10 @@ impl IoHandle {
         + Send
         + 'static,
     ) -> Result<R, Error> {
-        if self.is_current() {
-            #[cfg(any(test, feature = "test-utils"))]
-            return crate::local::call(f);
-            #[cfg(not(any(test, feature = "test-utils")))]
+        if self.is_of_this_thread() {
+            if self.is_own_loop() {
+                return io_loop::call(f);
+            }
             return Err(Error::OwnThread);
         }
         // A panic of `f` is its caller's error; the thread serves others too.
@@ -389,7 +436,6 @@ mod tests {
     use super::*;
     use crate::{EventSet, IoEvent, Registrar};
     use std::sync::mpsc::{Sender, channel};
-    use std::time::Duration;
     use vmm_sys_util::eventfd::EventFd;
 
     const LONG: Duration = Duration::from_secs(20);

@@ -9,7 +9,7 @@ use kiln_devices::acpi::PowerManagement;
 use kiln_devices::console::{Console, ConsoleInput, ConsoleOutput};
 use kiln_devices::legacy::serial::Serial;
 use kiln_devices::legacy::{I8042, IoApic, MsiRoute, MsiRouter, Rtc};
-use kiln_io_thread::LocalLoop;
+use kiln_io_thread::IoLoop;
 
 const STEPS: usize = 300;
 const USED: [u32; 6] = [1, 4, 5, 16, 20, 21];
@@ -26,7 +26,7 @@ pub fn legacy(data: &[u8]) {
     // The serial port's handler waits for nothing that is ready for ever.
     for turn in 0.. {
         assert!(turn < 100, "the serial port spins");
-        if machine.io.turn().unwrap() == 0 {
+        if machine.io.turn(Some(Duration::ZERO)).unwrap() == 0 {
             break;
         }
     }
@@ -53,12 +53,12 @@ struct Machine {
     rtc: Box<dyn BusDevice>,
     ioapic: IoApic,
     power: Box<dyn BusDevice>,
-    io: LocalLoop,
+    io: IoLoop,
 }
 
 impl Machine {
     fn new() -> Self {
-        let io = LocalLoop::new(|panic| panic!("{panic}")).unwrap();
+        let io = IoLoop::new(|panic| panic!("{panic}")).unwrap();
         let (output, _) = ConsoleOutput::capture(4096);
         let input = ConsoleInput::bytes("what somebody types, and some more of it");
         let serial = Serial::new(Console::new(input, output), Arc::new(Nowhere)).unwrap();
@@ -98,7 +98,7 @@ impl Machine {
                 return Ok(());
             }
             6 => {
-                let turned = self.io.turn();
+                let turned = self.io.turn(Some(Duration::ZERO));
                 turned.unwrap();
                 return Ok(());
             }

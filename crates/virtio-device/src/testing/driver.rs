@@ -2,9 +2,10 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_device_api::BusDevice;
-use kiln_io_thread::{IoHandle, IoThread, LocalLoop};
+use kiln_io_thread::{IoHandle, IoLoop, IoThread};
 use kiln_memory::{GuestMemory, MemoryOptions, allocate};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -55,7 +56,7 @@ pub enum TestIo {
     /// A thread, as in a machine.
     Thread(IoThread),
     /// The test's own thread, whenever the test [lets it](MockDriver::settle).
-    Local(Rc<LocalLoop>),
+    Local(Rc<IoLoop>),
 }
 
 impl TestIo {
@@ -143,7 +144,7 @@ impl MockDriver {
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemory>,
     ) -> Self {
-        let local = LocalLoop::new(|panic| panic!("{panic}")).unwrap();
+        let local = IoLoop::new(|panic| panic!("{panic}")).unwrap();
         Self::with(kind, device, memory, TestIo::Local(Rc::new(local)))
     }
 
@@ -295,7 +296,7 @@ impl MockDriver {
             return 0;
         };
         for turn in 0..turns {
-            if local.turn().unwrap() == 0 {
+            if local.turn(Some(Duration::ZERO)).unwrap() == 0 {
                 return turn;
             }
         }
