@@ -72,17 +72,18 @@ pub(crate) fn assemble(mut builder: VmBuilder) -> Result<Vm, BuildError> {
         name.clone(),
         builder.io_threads,
         builder.io_affinity.clone(),
+        builder.io_loop.as_ref(),
         Arc::clone(&failure),
     )?;
-    let mut source = Source::new(builder.host.as_ref(), builder.head_start.take())?;
+    let (mut source, vm_fd) = Source::new(builder.host.as_ref(), builder.head_start.take())?;
     let topology = topology(source.max_vcpus(), builder.vcpus)?;
     check_memory(&mut source, builder.memory)?;
 
     let regions = layout::ram_regions(builder.memory.as_bytes());
     let memory = Arc::new(kiln_memory::allocate(&regions, &builder.memory_options)?);
-    let vm = Arc::new(KvmVm::new(source.create_vm()?, Arc::clone(&memory))?);
+    let vm = Arc::new(KvmVm::new(vm_fd, Arc::clone(&memory))?);
     let (cmdline, kick_signal) = (builder.cmdline.clone(), builder.kick_signal);
-    let vcpus = ComingVcpus::begin(source.take_thread(), source.host()?, &vm, &topology);
+    let vcpus = ComingVcpus::begin(source, &vm, &topology);
     let mut wiring = Wiring::new(&vm, &mut io, &topology)?;
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kiln_arch::Kernel;
 use kiln_device_api::BusDevice;
 use kiln_devices::console::Console;
+use kiln_io_thread::{IoHandle, IoLoop};
 use kiln_kernel_cache::KernelCache;
 use kiln_memory::{MemoryOptions, MemorySize};
 use kiln_vcpu_manager::KickSignal;
@@ -52,6 +53,7 @@ pub struct VmBuilder {
     pub(crate) transport: Transport,
     pub(crate) io_threads: IoThreads,
     pub(crate) io_affinity: Option<CpuList>,
+    pub(crate) io_loop: Option<IoHandle>,
     pub(crate) virtio_devices: Vec<(String, Box<dyn VirtioDevice>, Option<Transport>)>,
     pub(crate) pio_devices: Vec<BusDeviceAt<u16>>,
     pub(crate) mmio_devices: Vec<BusDeviceAt<u64>>,
@@ -82,6 +84,7 @@ impl Default for VmBuilder {
             transport: Transport::default(),
             io_threads: IoThreads::default(),
             io_affinity: None,
+            io_loop: None,
             virtio_devices: Vec::new(),
             pio_devices: Vec::new(),
             mmio_devices: Vec::new(),
@@ -235,6 +238,34 @@ impl VmBuilder {
     /// otherwise. [`build`](Self::build) refuses those that are not online.
     pub fn io_affinity(mut self, cpus: CpuList) -> Self {
         self.io_affinity = Some(cpus);
+        self
+    }
+
+    /// Takes a loop of the program's own instead of the machine's I/O thread: for a program that
+    /// has a thread which does nothing but wait for the machine. [`VmHandle::wait`] on that thread
+    /// turns it. I/O threads of devices are as they are without it; on which CPUs the loop's thread
+    /// runs is the program's affair.
+    ///
+    /// The machine's devices, its serial port and its end need the loop to be turned: what other
+    /// threads ask of the machine waits for it, and so does a guest that resets a device.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use kiln_vmm::{IoLoop, Kernel, VmBuilder};
+    ///
+    /// let own = IoLoop::new(|panic| eprintln!("{panic}"))?;
+    /// let vm = VmBuilder::new()
+    ///     .kernel(Kernel::open("vmlinux")?)
+    ///     .io_loop(&own)
+    ///     .build()?;
+    /// println!("{}", vm.start()?.wait()?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// [`VmHandle::wait`]: crate::VmHandle::wait
+    pub fn io_loop(mut self, own: &IoLoop) -> Self {
+        self.io_loop = Some(own.handle().clone());
         self
     }
 

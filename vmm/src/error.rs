@@ -258,6 +258,12 @@ pub enum HandleError {
         /// What the system said.
         source: io::Error,
     },
+    /// It would wait for the machine's I/O loop on the thread that turns it, and had no other.
+    #[error("wait for the machine on a thread beside its I/O loop")]
+    Thread {
+        /// What the system said.
+        source: io::Error,
+    },
     /// It would wait for the thread that it was called on.
     #[error("a device waits for its machine on one of the machine's own threads")]
     OnOwnThread,

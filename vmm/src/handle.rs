@@ -1,10 +1,11 @@
 //! A virtual machine, before and after its start.
 
 use std::fmt;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_device_api::{ExitRequest, panic_message};
 use kiln_devices::acpi::PowerButton;
@@ -204,7 +205,16 @@ impl Running {
         drop(machine);
         *lock(&self.exit) = Some(exit.clone());
         self.ended.notify_all();
+        // Whoever waits for it may have to turn the loop meanwhile.
+        if let Some(io) = self.io.first() {
+            io.wake();
+        }
         self.events.end(&exit);
+    }
+
+    /// The machine's I/O loop, where it is for this thread to turn it while it waits.
+    fn own_loop(&self) -> Option<&IoHandle> {
+        self.io.first().filter(|io| io.is_to_be_turned())
     }
 
     /// Runs `f`, which calls devices, on this thread: one that the machine's end waits for then.
@@ -223,6 +233,9 @@ impl Running {
 
     /// Waits until everything is at rest, for at most `timeout` if there is one.
     fn wait(&self, timeout: Option<Duration>) -> Option<VmExit> {
+        if let Some(io) = self.own_loop() {
+            return self.turn_until_end(io, timeout);
+        }
         let exit = lock(&self.exit);
         let going_on = |exit: &mut Option<VmExit>| exit.is_none();
         match timeout {
@@ -238,6 +251,50 @@ impl Running {
                 .0
                 .clone(),
         }
+    }
+
+    /// Waits as [`wait`](Self::wait) does, and serves the devices meanwhile.
+    fn turn_until_end(&self, io: &IoHandle, timeout: Option<Duration>) -> Option<VmExit> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            if let Some(exit) = &*lock(&self.exit) {
+                return Some(exit.clone());
+            }
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            if let Err(error) = io.turn(left) {
+                tracing::error!("the I/O loop ends: epoll: {error}");
+                return None;
+            }
+            if left == Some(Duration::ZERO) {
+                return lock(&self.exit).clone();
+            }
+        }
+    }
+
+    /// Runs `f`, which waits for vCPUs and devices; where this thread is to serve the devices
+    /// meanwhile, on another thread.
+    fn serving<R: Send>(&self, f: impl FnOnce() -> R + Send) -> Result<R, HandleError> {
+        let Some(io) = self.own_loop() else {
+            return Ok(f());
+        };
+        let failed = |source| HandleError::Thread { source };
+        thread::scope(|scope| {
+            let helper = thread::Builder::new()
+                .name("kiln-control".to_owned())
+                .spawn_scoped(scope, || {
+                    let result = f();
+                    io.wake();
+                    result
+                })
+                .map_err(failed)?;
+            while !helper.is_finished() {
+                // The thread ends a moment after it has woken the loop.
+                io.turn(Some(Duration::from_millis(1))).map_err(failed)?;
+            }
+            helper
+                .join()
+                .map_err(|_| failed(io::Error::other("it panicked")))
+        })
     }
 }
 
@@ -265,6 +322,10 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let _in_span = self.running.span.enter();
         if !self.is_own_thread() {
+            if let Some(io) = self.running.own_loop() {
+                self.manager.request_stop();
+                self.running.turn_until_end(io, None);
+            }
             self.manager.stop();
             return;
         }
@@ -284,7 +345,8 @@ pub struct VmHandle {
 
 impl VmHandle {
     /// Waits until the machine has ended, its devices have come to rest and its serial output is
-    /// written.
+    /// written. On the thread of the machine's [`IoLoop`](crate::IoLoop), where it has one, that
+    /// turns the loop, as all that waits for the machine does there.
     ///
     /// # Errors
     ///
@@ -323,6 +385,10 @@ impl VmHandle {
     /// being paused; [`HandleError::OnOwnThread`] as for [`wait`](Self::wait).
     pub fn pause(&self) -> Result<(), HandleError> {
         self.not_on_own_thread()?;
+        self.inner.running.serving(|| self.pause_now())?
+    }
+
+    fn pause_now(&self) -> Result<(), HandleError> {
         let _in_span = self.inner.running.span.enter();
         // Held throughout, so that a resume at the same time comes before or after.
         let machine = self.inner.running.machine();
@@ -346,6 +412,10 @@ impl VmHandle {
     /// [`wait`](Self::wait).
     pub fn resume(&self) -> Result<(), HandleError> {
         self.not_on_own_thread()?;
+        self.inner.running.serving(|| self.resume_now())?
+    }
+
+    fn resume_now(&self) -> Result<(), HandleError> {
         let _in_span = self.inner.running.span.enter();
         let machine = self.inner.running.machine();
         let was_paused = self.inner.manager.is_paused();

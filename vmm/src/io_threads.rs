@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use kiln_io_thread::{CpuList, IoHandle, IoThread, IoThreadSet};
+use kiln_io_thread::{CpuList, HandlerPanic, IoHandle, IoThread, IoThreadSet};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::DeviceFailure;
@@ -92,7 +92,9 @@ impl QueueGroups {
 pub(crate) struct IoPool {
     // The first to end: they are what devices work on.
     own: Vec<IoThread>,
-    shared: IoThread,
+    shared: IoHandle,
+    /// The thread behind it, unless that is the program's own.
+    _shared_thread: Option<IoThread>,
     /// The machine's name.
     name: Option<String>,
     default: IoThreads,
@@ -101,20 +103,29 @@ pub(crate) struct IoPool {
 }
 
 impl IoPool {
-    /// Starts the machine's one thread, and does not wait for it.
+    /// Starts the machine's one thread, and does not wait for it; none where there is a loop of the
+    /// program's own.
     pub(crate) fn start(
         name: Option<String>,
         default: IoThreads,
         affinity: Option<CpuList>,
+        io_loop: Option<&IoHandle>,
         failure: Arc<DeviceFailure>,
     ) -> Result<Self, BuildError> {
         if let Some(cpus) = &affinity {
             check(cpus)?;
         }
-        let shared = spawn(name.as_deref(), "io", affinity.clone(), &failure)?;
+        let (shared, thread) = match io_loop {
+            Some(own) => (own.telling(on_panic(&failure)), None),
+            None => {
+                let thread = spawn(name.as_deref(), "io", affinity.clone(), &failure)?;
+                (thread.handle().clone(), Some(thread))
+            }
+        };
         Ok(Self {
             own: Vec::new(),
             shared,
+            _shared_thread: thread,
             name,
             default,
             affinity,
@@ -136,7 +147,7 @@ impl IoPool {
                 let device = device.to_owned();
                 return Err(BuildError::SharedIoAffinity { device });
             }
-            IoThreads::Shared => return Ok(self.shared.handle().clone().into()),
+            IoThreads::Shared => return Ok(self.shared.clone().into()),
             IoThreads::Device => 1,
             IoThreads::Queue => groups.count.max(1),
         };
@@ -163,9 +174,7 @@ impl IoPool {
         let mut handles = handles
             .into_iter()
             .flat_map(|handle| std::iter::repeat_n(handle, groups.queues.max(1)));
-        let first = handles
-            .next()
-            .unwrap_or_else(|| self.shared.handle().clone());
+        let first = handles.next().unwrap_or_else(|| self.shared.clone());
         Ok(IoThreadSet::new(first, handles))
     }
 
@@ -180,13 +189,13 @@ impl IoPool {
 
     /// The thread that all devices share which have none of their own.
     pub(crate) fn shared(&self) -> &IoHandle {
-        self.shared.handle()
+        &self.shared
     }
 
     /// All of them.
     pub(crate) fn handles(&self) -> impl Iterator<Item = &IoHandle> {
         let own = self.own.iter().map(IoThread::handle);
-        std::iter::once(self.shared.handle()).chain(own)
+        std::iter::once(&self.shared).chain(own)
     }
 }
 
@@ -196,10 +205,13 @@ fn spawn(
     cpus: Option<CpuList>,
     failure: &Arc<DeviceFailure>,
 ) -> Result<IoThread, BuildError> {
-    let reported = Arc::clone(failure);
     let name = names::thread(machine, role, 0);
-    let on_panic = move |panic: kiln_io_thread::HandlerPanic| reported.report(panic.to_string());
-    Ok(IoThread::spawn_on(&name, cpus, on_panic)?)
+    Ok(IoThread::spawn_on(&name, cpus, on_panic(failure))?)
+}
+
+fn on_panic(failure: &Arc<DeviceFailure>) -> impl Fn(HandlerPanic) + Send + Sync + 'static {
+    let reported = Arc::clone(failure);
+    move |panic| reported.report(panic.to_string())
 }
 
 /// Refuses CPUs that are not online: Linux would leave them out without a word.
@@ -220,7 +232,7 @@ mod tests {
     use super::*;
 
     fn pool(default: IoThreads) -> IoPool {
-        IoPool::start(None, default, None, Arc::default()).unwrap()
+        IoPool::start(None, default, None, None, Arc::default()).unwrap()
     }
 
     fn io(threads: Option<IoThreads>) -> DeviceIo {
@@ -272,7 +284,7 @@ mod tests {
     #[test]
     fn cpus_that_are_not_there_are_named() {
         let cpus: CpuList = "0,1023".parse().unwrap();
-        let started = IoPool::start(None, IoThreads::Shared, Some(cpus), Arc::default());
+        let started = IoPool::start(None, IoThreads::Shared, Some(cpus), None, Arc::default());
         let error = started.map(|_| ()).unwrap_err().to_string();
         assert!(
             error.starts_with("run I/O threads on CPUs 0,1023: 1023 not online"),

@@ -15,32 +15,36 @@ use crate::BuildError;
 /// A KVM virtual machine and the memory it maps, which has to outlive it.
 pub(crate) struct KvmVm {
     // Declared before `memory`: dropped before it.
-    fd: VmFd,
+    fd: Arc<VmFd>,
     memory: Arc<GuestMemory>,
 }
 
+/// Gives a new virtual machine the split irqchip and what else comes before its first vCPU.
+pub(crate) fn set_up_irqchip(fd: &VmFd) -> Result<(), BuildError> {
+    fd.set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
+        .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    fd.set_tss_address(layout::KVM_TSS_START as usize)
+        .map_err(failed("KVM_SET_TSS_ADDR"))?;
+    let mut split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..Default::default()
+    };
+    split.args[0] = u64::from(layout::IOAPIC_PINS);
+    fd.enable_cap(&split)
+        .map_err(failed("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))
+}
+
+pub(crate) fn create_vcpu(fd: &VmFd, id: u32) -> Result<VcpuFd, BuildError> {
+    fd.create_vcpu(u64::from(id))
+        .map_err(failed("KVM_CREATE_VCPU"))
+}
+
 impl KvmVm {
-    /// Gives a new virtual machine its RAM and a split irqchip.
-    ///
-    /// The order matters: a memory slot that is set after the irqchip waits milliseconds for a
-    /// grace period of the kernel.
-    pub(crate) fn new(fd: VmFd, memory: Arc<GuestMemory>) -> Result<Self, BuildError> {
+    /// Gives a virtual machine its RAM. With the split irqchip KVM waits a tenth of a millisecond for
+    /// a grace period of the kernel here, and no longer where the irqchip is there already.
+    pub(crate) fn new(fd: Arc<VmFd>, memory: Arc<GuestMemory>) -> Result<Self, BuildError> {
         let vm = Self { fd, memory };
         vm.set_memory_slots()?;
-        vm.fd
-            .set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
-            .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        vm.fd
-            .set_tss_address(layout::KVM_TSS_START as usize)
-            .map_err(failed("KVM_SET_TSS_ADDR"))?;
-        let mut split = kvm_enable_cap {
-            cap: KVM_CAP_SPLIT_IRQCHIP,
-            ..Default::default()
-        };
-        split.args[0] = u64::from(layout::IOAPIC_PINS);
-        vm.fd
-            .enable_cap(&split)
-            .map_err(failed("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))?;
         Ok(vm)
     }
 
@@ -62,7 +66,7 @@ impl KvmVm {
                 userspace_addr: userspace_addr as u64,
             };
             // SAFETY: the region's mapping is that of `self.memory`, which is dropped after the VM
-            // fd. The guest is the only one to be told of these pages as memory; all accesses of
+            // fd; a head start that holds the fd a moment longer runs no vCPU. The guest is the only one to be told of these pages as memory; all accesses of
             // ours go through vm-memory's volatile accessors.
             unsafe { self.fd.set_user_memory_region(region) }.map_err(|error| {
                 BuildError::MemorySlot {
@@ -88,12 +92,6 @@ impl KvmVm {
     /// The guest's RAM.
     pub(crate) fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
-    }
-
-    pub(crate) fn create_vcpu(&self, index: u32) -> Result<VcpuFd, BuildError> {
-        self.fd
-            .create_vcpu(u64::from(index))
-            .map_err(failed("KVM_CREATE_VCPU"))
     }
 
     /// An eventfd that KVM turns into the interrupt of a pin of the IOAPIC.

@@ -145,7 +145,7 @@ pub use kiln_devices::virtio::net::{
     IpProtocol, MacAddress, NetBackend, NetControl, NetCounters, NetRateLimits, Offloads,
     ParsePortForwardError, PasstError, PortForward, StreamError, UserNetOptions,
 };
-pub use kiln_io_thread::{CpuList, CpuListError};
+pub use kiln_io_thread::{CpuList, CpuListError, IoLoop};
 pub use kiln_kernel_cache::{CacheError, KernelCache, UnpackError};
 pub use kiln_memory::{Backing, GuestSlice, HugePages, MemoryOptions, MemorySize};
 pub use kiln_memory::{gather, gather_into, scatter};

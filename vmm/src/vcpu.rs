@@ -12,7 +12,8 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::kvm::{KvmVm, failed};
+use crate::head_start::Source;
+use crate::kvm::{KvmVm, create_vcpu, failed};
 use crate::machine::Machine;
 use crate::{BuildError, HandleError, Host};
 
@@ -32,22 +33,15 @@ pub(crate) struct ComingVcpus {
 }
 
 impl ComingVcpus {
-    /// Creates the vCPUs, on this thread if it is given: they need not be waited for while the
-    /// guest's memory is filled.
-    pub(crate) fn begin(
-        thread: Option<SpareThread>,
-        host: &Arc<Host>,
-        vm: &Arc<KvmVm>,
-        topology: &Topology,
-    ) -> Self {
+    /// Creates the vCPUs, on the thread of the head start if there was one: they need not be waited
+    /// for while the guest's memory is filled.
+    pub(crate) fn begin(source: Source, vm: &Arc<KvmVm>, topology: &Topology) -> Self {
         let (sender, fds) = sync_channel(1);
-        match &thread {
-            Some(thread) => {
-                let (host, vm, topology) = (Arc::clone(host), Arc::clone(vm), *topology);
-                thread.run(move || drop(sender.send(create(&host, &vm, &topology))));
-            }
-            None => drop(sender.send(create(host, vm, topology))),
-        }
+        let (vm, topology) = (Arc::clone(vm), *topology);
+        let thread = source.create_vcpus(move |given| {
+            let created = given.and_then(|(host, first)| create(&host, &vm, &topology, first));
+            drop(sender.send(created));
+        });
         Self { fds, thread }
     }
 
@@ -77,13 +71,22 @@ impl ComingVcpus {
     }
 }
 
-/// Creates the vCPUs, in the state after a reset but for what firmware would have set up.
-fn create(host: &Host, vm: &KvmVm, topology: &Topology) -> Result<Vec<VcpuFd>, BuildError> {
+/// Creates the vCPUs but for the first, where that is there, and puts them into the state after a
+/// reset, but for what firmware would have set up.
+fn create(
+    host: &Host,
+    vm: &KvmVm,
+    topology: &Topology,
+    mut first: Option<VcpuFd>,
+) -> Result<Vec<VcpuFd>, BuildError> {
     let mut fds = Vec::new();
     let msrs = msr::boot_msrs(host.msrs());
     let memory_type = msr::default_memory_type();
     for (index, apic_id) in (0..).zip(topology.apic_ids()) {
-        let fd = vm.create_vcpu(apic_id)?;
+        let fd = match first.take() {
+            Some(first) => first,
+            None => create_vcpu(vm.fd(), apic_id)?,
+        };
         let cpuid = cpuid::for_vcpu(host.supported_cpuid(), topology, index)?;
         fd.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
         set_msrs(&fd, &msrs)?;

@@ -1,6 +1,7 @@
 use kiln_memory::{MemoryOptions, allocate};
 
 use super::*;
+use crate::kvm::set_up_irqchip;
 
 /// Vectors of a virtual machine without vCPUs; none where there is no KVM.
 fn routes() -> Option<Arc<InterruptRoutes>> {
@@ -9,7 +10,9 @@ fn routes() -> Option<Arc<InterruptRoutes>> {
         .ok()?;
     let regions = layout::ram_regions(2 << 20);
     let memory = Arc::new(allocate(&regions, &MemoryOptions::default()).unwrap());
-    let vm = Arc::new(KvmVm::new(host.create_vm().unwrap(), memory).unwrap());
+    let fd = Arc::new(host.create_vm().unwrap());
+    set_up_irqchip(&fd).unwrap();
+    let vm = Arc::new(KvmVm::new(fd, memory).unwrap());
     Some(InterruptRoutes::new(vm))
 }
 
