@@ -7,7 +7,7 @@ use anyhow::{Context, Error};
 use kiln_vmm::config::{SerialConfig, VmConfig};
 use kiln_vmm::{
     Console, ConsoleInput, ConsoleOutput, ConsoleSize, CrashCause, Execution, HeadStart, Host,
-    KernelCache, VmBuilder, VmExit, VmHandle,
+    IoLoop, KernelCache, VmBuilder, VmExit, VmHandle,
 };
 
 use crate::args::Run;
@@ -21,6 +21,7 @@ pub(crate) fn run(args: Run, head_start: Option<HeadStart>) -> Result<u8, Error>
     let metrics = MetricsFile::from_args(&args.metrics)?;
     let kernel_cache = kernel_cache(args.no_kernel_cache);
     let config = config::from_args(args)?;
+    let io_affinity = config.io_affinity.clone();
     let (mut builder, interactive) = builder(config)?;
     if let Some(cache) = kernel_cache {
         builder = builder.kernel_cache(cache);
@@ -28,21 +29,25 @@ pub(crate) fn run(args: Run, head_start: Option<HeadStart>) -> Result<u8, Error>
     if let Some(head_start) = head_start {
         builder = builder.head_start(head_start);
     }
-    let vm = builder.build()?;
+    // Before all that works on it.
+    let io = io_loop()?;
+    let vm = builder.io_loop(&io).build()?;
     let (keyboard, size) = match interactive {
         Some(Interactive { keyboard, size }) => (Some(keyboard), size),
         None => (None, None),
     };
 
-    let signals = Signals::watch()?;
-    let resized = || {
+    let interactive = keyboard.is_some();
+    let resized = move || {
         if let Some(size) = &size {
             let (columns, rows) = terminal::size();
             size.set(columns, rows);
         }
     };
     resized();
-    let events = vm.events()?;
+    // A signal must not end the program while the terminal is not as it was. Otherwise the guest
+    // need not wait for this.
+    let watched = interactive.then(Signals::watch).transpose()?;
     let raw_mode = match keyboard {
         Some(_) => {
             eprintln!("kiln: Ctrl-A x stops the machine, Ctrl-A p presses its power button\r");
@@ -51,20 +56,37 @@ pub(crate) fn run(args: Run, head_start: Option<HeadStart>) -> Result<u8, Error>
         None => None,
     };
     let handle = vm.start()?;
+    if let Some(cpus) = io_affinity {
+        // Not before: threads of vCPUs would begin with the same.
+        let refused = || format!("run the I/O thread on CPUs {cpus} alone");
+        cpus.pin_this_thread().with_context(refused)?;
+    }
+    let signals = watched.map_or_else(Signals::watch, Ok)?;
+    let supervisor = signals.supervisor(handle.clone(), resized);
+    let supervisor = io
+        .handle()
+        .attach(supervisor)
+        .context("watch for signals")?;
     let metrics = metrics
         .map(|file| file.follow(handle.clone()))
         .transpose()?;
     if let Some(keyboard) = keyboard {
         on_keys(keyboard, handle.clone())?;
     }
-    signals.supervise(&handle, &events, resized)?;
+    // Serves the devices, and signals.
     let exit = handle.wait()?;
+    drop(supervisor);
     let written = metrics.map_or(Ok(()), Follower::finish);
     drop(raw_mode);
     if let Err(error) = written {
         eprintln!("kiln: {error:#}");
     }
     Ok(report(&exit))
+}
+
+/// The loop of this thread, for the machine's devices and for signals.
+fn io_loop() -> Result<IoLoop, Error> {
+    IoLoop::new(|panic| eprintln!("kiln: {panic}\r")).context("wait for events")
 }
 
 /// The folder of the user for unpacked kernels; it is made when there is one to keep.

@@ -1,13 +1,12 @@
-//! Waiting for the machine's end, and for signals, on the one thread that the program has for
-//! itself.
+//! Signals, on the one thread that the program has for itself: it serves the machine's devices while
+//! it waits for the machine's end.
 
-use std::os::fd::AsFd;
+use std::io;
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Error};
-use kiln_vmm::{Events, VmHandle};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
+use kiln_io_thread::{EventSet, IoEvent, IoHandler, Registrar};
+use kiln_vmm::VmHandle;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::SignalOnly;
@@ -27,40 +26,49 @@ impl Signals {
         Ok(Self(watch().context("watch for signals")?))
     }
 
-    /// Waits until the machine has ended. The first signal presses its power button, the second
-    /// stops it.
-    pub(crate) fn supervise(
-        mut self,
-        handle: &VmHandle,
-        events: &Events,
-        resized: impl Fn(),
-    ) -> Result<(), Error> {
-        let mut pressed = false;
-        while !events.is_over() {
-            let mut ready = [
-                PollFd::new(events, PollFlags::IN),
-                PollFd::from_borrowed_fd(self.0.get_read().as_fd(), PollFlags::IN),
-            ];
-            match poll(&mut ready, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error).context("wait for the machine's end"),
-            }
-            for signal in self.0.pending() {
-                if signal == SIGWINCH {
-                    resized();
-                    continue;
-                }
-                if pressed {
-                    handle.stop();
-                    continue;
-                }
-                pressed = true;
-                let name = signal_name(signal).unwrap_or("a signal");
-                eprintln!("kiln: {name}: pressing the power button; once more stops the machine\r");
-                handle.power_button();
-            }
-            while events.try_recv().is_some() {}
+    /// What the I/O loop does when a signal comes: the first one presses the machine's power button,
+    /// the second stops it.
+    pub(crate) fn supervisor(
+        self,
+        handle: VmHandle,
+        resized: impl Fn() + Send + 'static,
+    ) -> Supervisor {
+        Supervisor {
+            signals: self,
+            handle,
+            resized: Box::new(resized),
+            pressed: false,
         }
-        Ok(())
+    }
+}
+
+/// Handles signals on the I/O loop.
+pub(crate) struct Supervisor {
+    signals: Signals,
+    handle: VmHandle,
+    resized: Box<dyn Fn() + Send>,
+    pressed: bool,
+}
+
+impl IoHandler for Supervisor {
+    fn start(&mut self, registrar: &mut Registrar<'_, '_>) -> io::Result<()> {
+        registrar.add(self.signals.0.get_read(), 0, EventSet::IN)
+    }
+
+    fn ready(&mut self, _event: IoEvent, _registrar: &mut Registrar<'_, '_>) {
+        for signal in self.signals.0.pending() {
+            if signal == SIGWINCH {
+                (self.resized)();
+                continue;
+            }
+            if self.pressed {
+                self.handle.stop();
+                continue;
+            }
+            self.pressed = true;
+            let name = signal_name(signal).unwrap_or("a signal");
+            eprintln!("kiln: {name}: pressing the power button; once more stops the machine\r");
+            self.handle.power_button();
+        }
     }
 }
