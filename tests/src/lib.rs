@@ -27,6 +27,8 @@
 //! | `tests/linux_console.rs` | Linux guests on a virtio console, with named ports and random numbers |
 //! | `tests/linux_vsock.rs` | Linux guests that talk to programs of the host |
 //! | `tests/linux_net_user.rs` | Linux guests on the host's own network, without privileges |
+//! | `tests/linux_net.rs` | Linux guests and their networks |
+//! | `tests/linux_net_vhost.rs` | the same where the host's kernel carries the packets |
 //! | `tests/linux_balloon.rs` | Linux guests whose memory gets back to the host |
 //! | `tests/linux_library.rs` | the library with several of them at once |
 

@@ -137,6 +137,15 @@ impl Net {
         self
     }
 
+    /// Whether the host's kernel carries the packets between the tap and the guest by itself, with
+    /// vhost-net: by default it does not. It takes `/dev/vhost-net`, and the right to it. The guest
+    /// has no filters then, and there are neither rate limits nor counters; the kernel's thread is
+    /// none of the [I/O threads](Self::io_threads).
+    pub fn vhost(mut self, enabled: bool) -> Self {
+        self.options.vhost = enabled;
+        self
+    }
+
     /// How the guest reaches it, where that differs from the rest of the machine
     /// ([`VmBuilder::transport`](crate::VmBuilder::transport)).
     pub fn transport(mut self, transport: Transport) -> Self {

@@ -114,14 +114,14 @@ pub(crate) struct Run {
 
     /// A network interface (virtio-net) on a tap or macvtap interface of the host (`tap`, which
     /// is created for the machine with `create`, or `fd` for one that is open already, once for each
-    /// pair of queues); on the host's own network, without privileges, by passt (`user`), where each `forward` leads a port
+    /// pair of queues; with `vhost=on` the host's kernel carries the packets by itself); on the host's own network, without privileges, by passt (`user`), where each `forward` leads a port
     /// of the host to one of the guest, and the guest reaches the host's loopback addresses at that
     /// of its gateway unless that is off; or on the network that another program offers at a Unix
     /// stream socket, such as gvproxy (`socket`, or `socket-fd` for one that is open already). A
     /// comma in a path is written twice
     #[arg(
         long,
-        value_name = "tap=NAME[,create]|fd=N[,fd=N]...|user[,forward=tcp|udp:[ADDRESS:]PORT[:GUEST_PORT]]...\
+        value_name = "tap=NAME[,create][,vhost=on|off]|fd=N[,fd=N]...[,vhost=on|off]|user[,forward=tcp|udp:[ADDRESS:]PORT[:GUEST_PORT]]...\
                       [,host-loopback=on|off][,passt=PATH]|socket=PATH[,reconnect=SECONDS]\
                       |socket-fd=N[,queues=N][,mtu=BYTES][,mac=MAC][,transport=pci|mmio]\
                       [,rx-bandwidth=BYTES[:BURST]][,rx-packets=N[:BURST]]\

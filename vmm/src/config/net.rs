@@ -65,6 +65,9 @@ pub struct NetConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(schema_with = "schema::mac_address"))]
     pub mac: Option<MacAddress>,
+    /// Whether the host's kernel carries the packets between a tap and the guest by itself
+    /// (vhost-net).
+    pub vhost: bool,
     /// How the guest reaches it. Not given, it is as for the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transport: Option<Transport>,
@@ -145,7 +148,7 @@ impl NetConfig {
             rx: self.rx_rate_limit.into(),
             tx: self.tx_rate_limit.into(),
         };
-        let net = self.open_backend()?.rate_limits(limits);
+        let net = self.open_backend()?.rate_limits(limits).vhost(self.vhost);
         let net = match self.mac {
             Some(mac) => net.mac(mac),
             None => net,

@@ -209,6 +209,7 @@ fn the_schema_has_every_key_that_is_written() {
             socket_fd: Some(3),
             reconnect: Some(NonZeroU32::MIN),
             create: true,
+            vhost: true,
             fds: vec![3],
             queues: Some(1),
             mtu: Some(1500),

@@ -62,7 +62,7 @@ fn unknown(option: &str) -> String {
     format!(
         "unknown network option `{option}`: there are {BACKENDS}; `forward=PROTOCOL:PORT`, \
          `host-loopback=on|off` and `passt=PATH` for `user`; `reconnect=SECONDS` for `socket`; `create` \
-         for `tap`; and `queues=N`, `mac=MAC`, `mtu=BYTES`, `rx-bandwidth=BYTES[:BURST]`, `rx-packets=N[:BURST]`, \
+         for `tap`; `vhost=on|off` for `tap` and `fd`; and `queues=N`, `mac=MAC`, `mtu=BYTES`, `rx-bandwidth=BYTES[:BURST]`, `rx-packets=N[:BURST]`, \
          `tx-bandwidth=BYTES[:BURST]`, `tx-packets=N[:BURST]`, `transport=pci|mmio`, `io-threads=shared|device|queue` and `io-affinity=CPUS`"
     )
 }
@@ -104,6 +104,7 @@ fn set_user(user: &mut UserNetConfig, name: &str, value: &str) -> Result<bool, S
 fn set_common(net: &mut NetConfig, name: &str, value: &str) -> Result<bool, String> {
     match name {
         "queues" => net.queues = Some(parse(value)?),
+        "vhost" => net.vhost = on_or_off(value)?,
         "mtu" => net.mtu = Some(parse(value)?),
         "mac" => net.mac = Some(value.parse().map_err(|e| format!("`{value}`: {e}"))?),
         "transport" => net.transport = Some(transport(value)?),
@@ -175,11 +176,13 @@ mod tests {
         assert!(made.create);
         assert_eq!((made.queues, made.mtu), (Some(4), Some(9000)));
         assert_eq!(net("fd=3,fd=4").fds, [3, 4]);
+        assert!(!net("tap=t").vhost && net("tap=t,vhost=on").vhost);
         for (text, said) in [
             ("fd=3,tap=t", "one of"),
             ("fd=-1", "`-1` is no file descriptor"),
             ("tap=t,queues=65536", "`65536`"),
             ("tap=t,mtu=x", "`x`"),
+            ("tap=t,vhost=1", "`1`"),
             ("tap=t,create=on", "unknown network option `create=on`"),
         ] {
             let error = text.parse::<NetArg>().unwrap_err();

@@ -88,6 +88,12 @@ pub trait NetBackend: Send + 'static {
     /// `WouldBlock` where there is none. Any other error is counted.
     fn receive(&mut self, buffers: &[GuestSlice<'_>]) -> io::Result<usize>;
 
+    /// The file descriptor at which the host's kernel can send and receive this network's packets
+    /// by itself (vhost-net), if it can: that of a tap. They begin with the same 12 bytes there.
+    fn vhost_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// The largest payload of a frame in bytes, if it is known: the driver is told.
     fn mtu(&self) -> Option<u16> {
         None
@@ -164,6 +170,10 @@ impl<T: NetBackend + ?Sized> NetBackend for Box<T> {
 
     fn receive(&mut self, buffers: &[GuestSlice<'_>]) -> io::Result<usize> {
         (**self).receive(buffers)
+    }
+
+    fn vhost_fd(&self) -> Option<BorrowedFd<'_>> {
+        (**self).vhost_fd()
     }
 
     fn mtu(&self) -> Option<u16> {

@@ -12,9 +12,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
 use super::commands::Commands;
 use super::features::{self, CONTROL, CTRL_GUEST_OFFLOADS, GUEST_CSUM, MAC, MQ};
-use super::features::{GUEST_OFFLOADS, MRG_RXBUF, MTU, STATUS};
+use super::features::{FILTERS, GUEST_OFFLOADS, MRG_RXBUF, MTU, STATUS};
 use super::pair::PairHandler;
 use super::shared::{NetControl, NetState, Shared};
+use super::vhost::{VhostError, VhostHandler};
 use super::{MacAddress, NetBackend, NetCounters, NetRateLimits};
 
 /// The header in front of every packet (virtio 1.3, section 5.1.6).
@@ -45,6 +46,9 @@ pub struct NetOptions {
     pub mtu: Option<u16>,
     /// How much it carries in a time: by default any amount.
     pub rate_limits: NetRateLimits,
+    /// Whether the host's kernel carries the packets (vhost-net). It takes a tap, and
+    /// `/dev/vhost-net`; there are no filters, rate limits and counters then.
+    pub vhost: bool,
 }
 
 /// Why a network device could not be made.
@@ -83,6 +87,9 @@ pub enum NetError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// The kernel cannot carry its packets.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
     /// There are no random numbers.
     #[error("choose a random MAC address")]
     Random(#[source] io::Error),
@@ -94,15 +101,27 @@ pub enum NetError {
 /// A virtio network device.
 ///
 /// Each pair of queues, one to receive and one to transmit, is worked on by one of the device's
-/// threads in turn; the thread of the first has the control queue, too.
+/// threads in turn; the thread of the first has the control queue, too. Or the kernel works on them
+/// all, and a thread of the device's has the control queue.
 pub struct Net {
-    pairs: Vec<Worker<PairHandler>>,
+    work: Work,
     shared: Arc<Shared>,
     queue_sizes: Vec<u16>,
     features: u64,
     /// The address that a driver finds after a reset.
     mac: MacAddress,
     mtu: Option<u16>,
+}
+
+/// Who carries the packets.
+enum Work {
+    /// We do, for each pair of queues.
+    Ours(Vec<Worker<PairHandler>>),
+    /// The kernel does.
+    Vhost {
+        worker: Box<Worker<VhostHandler>>,
+        pairs: u16,
+    },
 }
 
 impl Net {
@@ -156,7 +175,13 @@ impl Net {
             Some(mtu) => Some(mtu),
             None => backend.mtu().filter(|mtu| *mtu >= MIN_MTU),
         };
-        let features = offered(&*backend, pairs, mtu);
+        let mut features = offered(&*backend, pairs, mtu);
+        if options.vhost {
+            if options.rate_limits != NetRateLimits::default() {
+                return Err(VhostError::RateLimits.into());
+            }
+            features &= !FILTERS;
+        }
         check_state(&state, pairs, features)?;
         let mut backends = Vec::new();
         for _ in 1..pairs {
@@ -164,14 +189,25 @@ impl Net {
             backends.push(another.map_err(|source| NetError::AddQueuePair { pairs, source })?);
         }
         let shared = Arc::new(Shared::new(state, options.rate_limits));
-        let workers = std::iter::once(backend).chain(backends).zip(0..);
-        let workers: Result<Vec<_>, _> = workers
-            .map(|(backend, pair)| {
+        let backends = std::iter::once(backend).chain(backends);
+        let work = if options.vhost {
+            let handler = VhostHandler::new(backends, Arc::clone(&shared))?;
+            Work::Vhost {
+                worker: Box::new(Worker::new(handler)),
+                pairs,
+            }
+        } else {
+            let workers = backends.zip(0..).map(|(backend, pair)| {
                 PairHandler::new(pair, backend, Arc::clone(&shared)).map(Worker::new)
-            })
-            .collect();
+            });
+            Work::Ours(
+                workers
+                    .collect::<Result<_, _>>()
+                    .map_err(NetError::Memory)?,
+            )
+        };
         Ok(Self {
-            pairs: workers.map_err(NetError::Memory)?,
+            work,
             shared,
             queue_sizes: vec![QUEUE_SIZE; 2 * usize::from(pairs) + 1],
             features,
@@ -188,7 +224,10 @@ impl Net {
     /// Calls `on_failure` with the reason each time when the network behind the device fails
     /// ([`NetBackend::failure`]), on an I/O thread. To be set before the device is active.
     pub fn on_failure(&mut self, on_failure: impl Fn(&str) + Send + 'static) {
-        if let Some(handler) = self.pairs.first_mut().and_then(Worker::handler_mut) {
+        // A tap never fails so.
+        if let Work::Ours(pairs) = &mut self.work
+            && let Some(handler) = pairs.first_mut().and_then(Worker::handler_mut)
+        {
             handler.on_failure = Some(Box::new(on_failure));
         }
     }
@@ -200,8 +239,11 @@ impl Net {
 
     /// How many pairs of queues it has.
     pub fn queue_pairs(&self) -> u16 {
-        // At most `MAX_PAIRS`.
-        self.pairs.len() as u16
+        match &self.work {
+            // At most `MAX_PAIRS`.
+            Work::Ours(pairs) => pairs.len() as u16,
+            Work::Vhost { pairs, .. } => *pairs,
+        }
     }
 
     /// The host's side of the device.
@@ -261,6 +303,54 @@ fn check_state(state: &NetState, pairs: u16, features: u64) -> Result<(), NetErr
     }
 }
 
+/// Gives each pair its queues, and its thread.
+fn activate_pairs(
+    pairs: &mut [Worker<PairHandler>],
+    commands: Commands,
+    activation: Activation,
+) -> Result<(), ActivateError> {
+    let control = commands.queue;
+    let pair_of = |queue: u16| match queue {
+        queue if queue == control => 0,
+        queue => usize::from(queue / 2),
+    };
+    if let Some(first) = pairs.first_mut().and_then(Worker::handler_mut) {
+        first.commands = Some(commands);
+    }
+    let threads = activation.io.len();
+    let parts = activation.split(pairs.len(), pair_of);
+    let mut result = Ok(());
+    for (pair, (worker, mut part)) in pairs.iter_mut().zip(parts).enumerate() {
+        if part.queues.is_empty() {
+            if let Some(handler) = worker.handler_mut() {
+                handler.rest();
+            }
+            continue;
+        }
+        // Both queues of a pair are on one thread.
+        part.io = IoThreadSet::from(part.io.get(pair % threads).clone());
+        // All are tried, so that each has its queues and gives them back.
+        result = result.and(worker.activate(part));
+    }
+    result
+}
+
+/// Gives the kernel its queues, and a thread the control queue.
+fn activate_vhost(
+    worker: &mut Worker<VhostHandler>,
+    commands: Commands,
+    mut activation: Activation,
+) -> Result<(), ActivateError> {
+    let taken = match worker.handler_mut() {
+        Some(handler) => handler.take(commands, &mut activation),
+        None => Ok(()),
+    };
+    // Also where that failed, so that the queue comes back with the others.
+    let activated = worker.activate(activation);
+    taken.map_err(|error| ActivateError::with_source("make eventfds for the kernel", error))?;
+    activated
+}
+
 impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
@@ -293,44 +383,37 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let control = self.control_queue(activation.features);
-        let pair_of = |queue: u16| match queue {
-            queue if queue == control => 0,
-            queue => usize::from(queue / 2),
-        };
-        let kicks = activation.queues.iter();
-        let commands = Commands {
+        let mut commands = Commands {
             queue: control,
             pairs: self.queue_pairs(),
-            wakes: kicks
-                .filter(|queue| queue.index != control && queue.index % 2 == 0)
-                .map(|queue| Arc::clone(&queue.kick))
-                .collect(),
+            wakes: Vec::new(),
         };
-        if let Some(first) = self.pairs.first_mut().and_then(Worker::handler_mut) {
-            first.commands = Some(commands);
-        }
         self.shared.connect(Arc::clone(&activation.interrupt));
-        let threads = activation.io.len();
-        let parts = activation.split(self.pairs.len(), pair_of);
-        let mut result = Ok(());
-        for (pair, (worker, mut part)) in self.pairs.iter_mut().zip(parts).enumerate() {
-            if part.queues.is_empty() {
-                if let Some(handler) = worker.handler_mut() {
-                    handler.rest();
-                }
-                continue;
+        match &mut self.work {
+            Work::Ours(pairs) => {
+                let kicks = activation.queues.iter();
+                commands.wakes = kicks
+                    .filter(|queue| queue.index != control && queue.index % 2 == 0)
+                    .map(|queue| Arc::clone(&queue.kick))
+                    .collect();
+                activate_pairs(pairs, commands, activation)
             }
-            // Both queues of a pair are on one thread.
-            part.io = IoThreadSet::from(part.io.get(pair % threads).clone());
-            // All are tried, so that each has its queues and gives them back.
-            result = result.and(worker.activate(part));
+            Work::Vhost { worker, .. } => activate_vhost(worker, commands, activation),
         }
-        result
     }
 
     fn deactivate(&mut self) -> Vec<ActiveQueue> {
         self.shared.disconnect();
-        self.pairs.iter_mut().flat_map(Worker::deactivate).collect()
+        match &mut self.work {
+            Work::Ours(pairs) => pairs.iter_mut().flat_map(Worker::deactivate).collect(),
+            Work::Vhost { worker, .. } => {
+                let mut queues = worker.deactivate();
+                if let Some(handler) = worker.handler_mut() {
+                    queues.extend(handler.stop());
+                }
+                queues
+            }
+        }
     }
 
     fn reset(&mut self) {

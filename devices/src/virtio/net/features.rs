@@ -29,6 +29,9 @@ pub(super) const CONTROL: u64 = CTRL_VQ
     | GUEST_ANNOUNCE
     | CTRL_MAC_ADDR;
 
+/// What takes a look at each packet.
+pub(super) const FILTERS: u64 = CTRL_RX | CTRL_VLAN | CTRL_RX_EXTRA;
+
 const GUEST_TSO4: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO4;
 const GUEST_TSO6: u64 = 1 << raw::VIRTIO_NET_F_GUEST_TSO6;
 const GUEST_ECN: u64 = 1 << raw::VIRTIO_NET_F_GUEST_ECN;

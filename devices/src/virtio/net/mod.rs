@@ -15,6 +15,7 @@
 //! | `shared` | what all of these have in common: [`NetState`]; [`NetControl`] |
 //! | `pair` | one pair of queues on its thread |
 //! | `receive`, `transmit` | the two queues of a pair |
+//! | `vhost` | both in the hands of the host's kernel |
 //! | `commands` | the control queue |
 //! | `limits` | [`NetRateLimits`]: how much may come and go in a time |
 //! | `filter` | [`ReceiveFilter`]: which packets a driver wants |
@@ -75,6 +76,7 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod transmit;
+mod vhost;
 
 pub use backend::{NetBackend, Offloads};
 pub use counters::NetCounters;
@@ -88,3 +90,4 @@ pub use passt::{
 pub use shared::{NetControl, NetState};
 pub use stream::{StreamError, StreamSocket};
 pub use tap::{Tap, TapError};
+pub use vhost::VhostError;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kiln_virtio_device::{InterruptEvent, VirtioInterrupt};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_net as raw;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::features::CTRL_VLAN;
 use super::filter::ReceiveFilter;
@@ -103,6 +104,8 @@ struct Inner {
     driver: Option<Arc<dyn VirtioInterrupt>>,
     /// The driver is to be told of the status as soon as it listens.
     untold: bool,
+    /// To be written when the host changes something, where no packets come by that would see it.
+    wake: Option<EventFd>,
 }
 
 impl Inner {
@@ -134,6 +137,7 @@ impl Shared {
                 network_up: true,
                 driver: None,
                 untold: false,
+                wake: None,
             }),
             generation: AtomicU32::new(0),
             counters: Arc::default(),
@@ -190,6 +194,20 @@ impl Shared {
         if inner.status() != before {
             inner.tell();
         }
+        if let Some(wake) = &inner.wake {
+            // It fails only where the counter is full, and then it is woken anyway.
+            let _ = wake.write(1);
+        }
+    }
+
+    /// Has this written when the host changes something: the kernel carries the packets.
+    pub(super) fn wake_by(&self, event: EventFd) {
+        self.lock().wake = Some(event);
+    }
+
+    /// Whether the kernel carries the packets.
+    fn is_vhost(&self) -> bool {
+        self.lock().wake.is_some()
     }
 
     /// Whether there is a network behind the device.
@@ -269,12 +287,20 @@ impl NetControl {
     }
 
     /// Changes how much the interface carries in a time, from now on. What it carried before counts
-    /// on where there was a limit already.
+    /// on where there was a limit already. An interface with vhost-net has no limits, and takes
+    /// none: that is logged.
     pub fn set_rate_limits(&self, limits: NetRateLimits) {
+        if self.shared.is_vhost() {
+            tracing::warn!(
+                "set the rate limits of a network interface: it has none with vhost-net"
+            );
+            return;
+        }
         self.shared.rate_limits.set(limits);
     }
 
-    /// What the device has done, to be looked at while it works.
+    /// What the device has done, to be looked at while it works: nothing, where the kernel does it
+    /// (vhost-net).
     pub fn counters(&self) -> Arc<NetCounters> {
         Arc::clone(&self.shared.counters)
     }

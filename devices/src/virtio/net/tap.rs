@@ -296,6 +296,10 @@ impl NetBackend for Tap {
         read_packet(self.file.as_fd(), buffers)
     }
 
+    fn vhost_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
     fn mtu(&self) -> Option<u16> {
         self.mtu
     }
