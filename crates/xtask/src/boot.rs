@@ -6,19 +6,25 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use rustix::termios::tcgetwinsize;
 
+use crate::host::{HostKvm, host_kvm};
 use crate::{assets, cargo, initrd, nested, packages, place, process};
 
 /// The host's end of the network, which the guest pings.
 const HOST_ADDRESS: &str = "192.168.127.1";
 const GUEST_ADDRESS: &str = "192.168.127.2/24";
+/// What the host says to a guest on its own network.
+const GREETING: &str = "hello";
+/// Nobody, for a default route.
+const ROUTER: &str = "192.168.127.254";
 const TAP: &str = "kiln-boot";
 const DISK_ID: &str = "root";
 /// How long a boot with checks may take.
@@ -34,8 +40,28 @@ echo "kiln-boot: processors $(nproc)"
 kiln-disks | sed 's/^/kiln-boot: disk /'
 echo "kiln-boot: root $(awk '$2 == "/" {print $1, $3, substr($4, 1, 2)}' /proc/mounts)"
 echo "kiln-boot: address $(ip -4 -o address show dev eth0 | awk '{print $4}')"
+"#;
+const PING: &str = r#"
 ping -c 3 -W 10 192.168.127.1 && echo "kiln-boot: ping ok"
 "#;
+
+/// What the guest's network is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Network {
+    /// A tap interface between guest and host, in a network of their own.
+    Tap,
+    /// The host's network, by passt.
+    User,
+}
+
+impl std::fmt::Display for Network {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tap => "tap",
+            Self::User => "user",
+        })
+    }
+}
 
 /// What `cargo xtask boot` is asked to do.
 #[derive(Clone, Debug, Args)]
@@ -49,6 +75,9 @@ pub struct BootArgs {
     /// RAM, as `kiln run --memory` takes it.
     #[arg(long, default_value = "512M")]
     memory: String,
+    /// The network: a tap, with the host alone, or the host's own network (`user`).
+    #[arg(long, value_enum, default_value_t = Network::Tap)]
+    net: Network,
 }
 
 /// What the guest is made of, with paths that hold wherever it runs.
@@ -69,6 +98,8 @@ pub struct Prepared {
     cpus: u32,
     #[arg(long)]
     memory: String,
+    #[arg(long, value_enum)]
+    net: Network,
 }
 
 /// Boots the guest, on this machine or in the nested one, and returns the exit status.
@@ -82,16 +113,31 @@ pub fn run(args: &BootArgs) -> Result<u8> {
     let kernel = guest.kernel(&args.kernel)?;
     eprintln!("xtask: building kiln");
     let kiln = cargo::build_kiln()?;
+    let prepared = Prepared {
+        kiln,
+        image: kernel.bzimage.clone(),
+        initrd: kernel.initrd.clone(),
+        root: guest.root.clone(),
+        release: kernel.release.clone(),
+        cpus: args.cpus,
+        memory: args.memory.clone(),
+        net: args.net,
+    };
+    if args.net == Network::User && host_kvm() == HostKvm::Hardware {
+        // As whoever we are, and not in a network of its own.
+        return run_here(&prepared);
+    }
     let this = std::env::current_exe().context("find our own program")?;
     let mut command: Vec<OsString> = vec![this.into(), "boot-here".into()];
-    let options: [(&str, OsString); 7] = [
-        ("--kiln", kiln.into()),
-        ("--image", kernel.bzimage.clone().into()),
-        ("--initrd", kernel.initrd.clone().into()),
-        ("--root", guest.root.clone().into()),
-        ("--release", kernel.release.clone().into()),
-        ("--cpus", args.cpus.to_string().into()),
-        ("--memory", args.memory.clone().into()),
+    let options: [(&str, OsString); 8] = [
+        ("--kiln", prepared.kiln.into()),
+        ("--image", prepared.image.into()),
+        ("--initrd", prepared.initrd.into()),
+        ("--root", prepared.root.into()),
+        ("--release", prepared.release.into()),
+        ("--cpus", prepared.cpus.to_string().into()),
+        ("--memory", prepared.memory.into()),
+        ("--net", prepared.net.to_string().into()),
     ];
     for (name, value) in options {
         command.extend([name.into(), value]);
@@ -121,13 +167,14 @@ pub fn run_here(prepared: &Prepared) -> Result<u8> {
     // The image stays as it is for others. It is mostly holes, and stays so too.
     let mut copy = process::tied("cp");
     process::run(copy.arg("--sparse=always").arg(&prepared.root).arg(&root))?;
-    let _tap = Tap::new()?;
+    let network = Carried::start(prepared.net)?;
     let initrd = folder.path().join("initrd");
     let is_interactive = is_interactive();
+    let show = format!("{SHOW}{}", network.script);
     let script = if is_interactive {
-        interactive_script()
+        interactive_script(&show)
     } else {
-        SHOW.to_owned()
+        show
     };
     initrd::with_script(&prepared.initrd, &initrd, &script)?;
     let mut command = kiln(prepared, &initrd, &root);
@@ -167,10 +214,14 @@ fn kiln(prepared: &Prepared, initrd: &Path, root: &Path) -> Command {
         .arg(initrd);
     let mut disk = root.as_os_str().to_owned();
     disk.push(format!(",id={DISK_ID}"));
-    command
-        .arg("--disk")
-        .arg(disk)
-        .args(["--net", &format!("tap={TAP}")]);
+    let (net, address) = match prepared.net {
+        Network::Tap => (
+            format!("tap={TAP}"),
+            format!("eth0:{GUEST_ADDRESS} kiln.gateway={HOST_ADDRESS}"),
+        ),
+        Network::User => ("user".to_owned(), "eth0:dhcp".to_owned()),
+    };
+    command.arg("--disk").arg(disk).args(["--net", &net]);
     command.args([
         "--cpus",
         &prepared.cpus.to_string(),
@@ -178,14 +229,13 @@ fn kiln(prepared: &Prepared, initrd: &Path, root: &Path) -> Command {
         &prepared.memory,
     ]);
     command.arg("--cmdline").arg(format!(
-        "console=ttyS0 quiet panic=-1 root=/dev/vda rw kiln.ip=eth0:{GUEST_ADDRESS} \
-         kiln.gateway={HOST_ADDRESS}"
+        "console=ttyS0 quiet panic=-1 root=/dev/vda rw kiln.ip={address}"
     ));
     command
 }
 
 /// Shows the same, and then gives a shell.
-fn interactive_script() -> String {
+fn interactive_script(show: &str) -> String {
     let size = tcgetwinsize(std::io::stdout())
         .map(|size| format!("stty rows {} columns {}\n", size.ws_row, size.ws_col))
         .unwrap_or_default();
@@ -197,7 +247,7 @@ fn interactive_script() -> String {
         String::new()
     };
     format!(
-        "{SHOW}export TERM='{term}'\n{size}echo 'Here is a shell. Its end, or poweroff, ends the guest.'\nsetsid cttyhack sh -l\n"
+        "{show}export TERM='{term}'\n{size}echo 'Here is a shell. Its end, or poweroff, ends the guest.'\nsetsid cttyhack sh -l\n"
     )
 }
 
@@ -237,14 +287,17 @@ fn check(said: &[String], prepared: &Prepared) -> Result<()> {
 }
 
 fn expected(prepared: &Prepared, disk_size: u64) -> Vec<String> {
-    vec![
+    let mut lines = vec![
         format!("kernel Linux {}", prepared.release),
         format!("processors {}", prepared.cpus),
         format!("disk vda bytes={disk_size} id={DISK_ID} readonly=0"),
         "root /dev/vda ext4 rw".into(),
-        format!("address {GUEST_ADDRESS}"),
-        "ping ok".into(),
-    ]
+    ];
+    match prepared.net {
+        Network::Tap => lines.extend([format!("address {GUEST_ADDRESS}"), "ping ok".into()]),
+        Network::User => lines.push(format!("host says {GREETING}")),
+    }
+    lines
 }
 
 fn missing<'a>(said: &[String], expected: &'a [String]) -> Vec<&'a String> {
@@ -256,6 +309,54 @@ fn missing<'a>(said: &[String], expected: &'a [String]) -> Vec<&'a String> {
         .iter()
         .filter(|line| !said.contains(&line.as_str()))
         .collect()
+}
+
+/// The host's side of the guest's network, as long as this is there.
+struct Carried {
+    /// By which the guest shows that it works.
+    script: String,
+    _tap: Option<Tap>,
+}
+
+impl Carried {
+    fn start(network: Network) -> Result<Self> {
+        if network == Network::Tap {
+            return Ok(Self {
+                script: PING.to_owned(),
+                _tap: Some(Tap::new()?),
+            });
+        }
+        let script = greet()?;
+        // passt gives the guest the addresses of the interface with the default route, and a nested
+        // machine has none.
+        let route = process::output(process::tied("ip").args(["route", "show", "default"]))?;
+        let needs_route = route.is_empty() && rustix::process::geteuid().is_root();
+        let tap = needs_route.then(Tap::new).transpose()?;
+        if tap.is_some() {
+            ip(&["route", "add", "default", "dev", TAP, "via", ROUTER])?;
+        }
+        Ok(Self { script, _tap: tap })
+    }
+}
+
+/// Greets whoever connects to a port of this machine's loopback address, and gives the script of a
+/// guest that does so: that address is its gateway's there.
+fn greet() -> Result<String> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen at a port")?;
+    let port = listener.local_addr().context("listen at a port")?.port();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.write_all(GREETING.as_bytes());
+        }
+    });
+    // The pipe never ends: passt of 2023 does not go on when the guest closes its direction first.
+    Ok(format!(
+        r#"
+mkfifo /run/open
+gateway=$(ip route | awk '/^default/ {{print $3; exit}}')
+echo "kiln-boot: host says $(timeout 30 nc "$gateway" {port} <>/run/open)"
+"#
+    ))
 }
 
 /// A tap interface with the host's address, as long as this is there.
@@ -285,6 +386,8 @@ fn ip(arguments: &[&str]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+
     use super::*;
 
     fn prepared() -> Prepared {
@@ -296,6 +399,7 @@ mod tests {
             release: "6.12.1".into(),
             cpus: 2,
             memory: "512M".into(),
+            net: Network::Tap,
         }
     }
 
@@ -316,8 +420,8 @@ mod tests {
 
     #[test]
     fn the_guest_pings_the_address_that_the_host_has() {
-        assert!(SHOW.contains(&format!(" {HOST_ADDRESS} ")));
-        assert!(interactive_script().starts_with(SHOW));
+        assert!(PING.contains(&format!(" {HOST_ADDRESS} ")));
+        assert!(interactive_script(SHOW).starts_with(SHOW));
     }
 
     #[test]
@@ -337,5 +441,26 @@ mod tests {
         ] {
             assert!(line.contains(part), "{part} in {line}");
         }
+    }
+    #[test]
+    fn a_guest_on_the_hosts_network_is_greeted_there() {
+        let prepared = Prepared {
+            net: Network::User,
+            ..prepared()
+        };
+        let line = process::show(&kiln(&prepared, Path::new("/i"), Path::new("/r")));
+        assert!(line.contains("--net user "), "{line}");
+        assert!(line.contains("kiln.ip=eth0:dhcp"), "{line}");
+        let expected = expected(&prepared, 4096);
+        assert!(expected.contains(&"host says hello".to_owned()));
+        assert!(!expected.iter().any(|line| line.starts_with("address")));
+
+        let script = greet().unwrap();
+        let port = script.split("$gateway\" ").nth(1).unwrap();
+        let port: u16 = port.split(' ').next().unwrap().parse().unwrap();
+        let mut said = String::new();
+        let mut stream = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
+        stream.read_to_string(&mut said).unwrap();
+        assert_eq!(said, GREETING);
     }
 }
