@@ -24,7 +24,7 @@ kiln_tests::over_every_transport!(
 
 const TAP: &str = "kilnvhost0";
 const HOST: &str = "192.168.163.1";
-const BYTES: usize = 4 << 20;
+const BYTES: usize = 1 << 20;
 
 /// A tap with two queues, removed when dropped.
 struct WideTap;
