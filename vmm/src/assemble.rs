@@ -27,7 +27,7 @@ use crate::kvm::KvmVm;
 use crate::machine::{DeviceFailure, Machine};
 use crate::metrics::{CountedDevices, MetricsSource, Work};
 use crate::vcpu::ComingVcpus;
-use crate::{BuildError, Transport, Vm, VmBuilder, VmEvent, names, pci};
+use crate::{BuildError, Transport, Vm, VmBuilder, VmEvent, names, pci, warm_up};
 
 /// The smallest RAM: what lies below 1 MiB, and a guest of a megabyte.
 const MIN_MEMORY: MemorySize = MemorySize::mib(2);
@@ -88,7 +88,8 @@ pub(crate) fn assemble(mut builder: VmBuilder) -> Result<Vm, BuildError> {
     let (serial, power_button) = wiring.add_devices(builder)?;
     let entry = load(&memory, &kernel, initrd.as_ref(), &cmdline, &wiring.acpi)?;
     let thread_name = names::thread(name.as_deref(), "vcpu", 3);
-    let vcpus = vcpus.enter_at(entry, kick_signal, thread_name)?;
+    let mut vcpus = vcpus.enter_at(entry, kick_signal, thread_name)?;
+    vcpus.after_first_exit = warm_up::after_first_exit(&memory, &kernel);
     let metrics = Arc::new(MetricsSource::new(name, serial.counters(), wiring.counted));
     let (devices, transports, events) = (wiring.devices, wiring.transports, wiring.events);
     let (balloon, disks, nets) = (wiring.balloon, wiring.disks, wiring.nets);

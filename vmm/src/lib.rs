@@ -17,6 +17,7 @@
 //! | `assemble` | from a builder to a machine: who is wired to whom |
 //! | `machine` | the machine around the vCPUs |
 //! | `vcpu` | vCPUs from their creation to the state they start in |
+//! | `warm_up` | what of a kernel is taken from the host once the guest runs |
 //! | `handle`, `exit` | [`Vm`], [`VmHandle`], [`VmExit`] |
 //! | [`metrics`] | [`Metrics`]: what a machine has done, as plain values |
 //! | `names` | a machine's name, and what is made of it: its `tracing` span, its threads' names |
@@ -112,6 +113,7 @@ mod vcpu;
 mod vfio;
 mod virtio_console;
 mod vsock;
+mod warm_up;
 
 pub use balloon::Balloon;
 pub use builder::VmBuilder;

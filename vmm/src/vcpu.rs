@@ -7,7 +7,9 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use kiln_arch::cpuid::{self, Topology};
 use kiln_arch::{boot::EntryPoint, lapic, msr, regs};
 use kiln_device_api::VcpuBus;
-use kiln_vcpu_manager::{EndHooks, KickSignal, SpareThread, VcpuManager, VcpuOptions};
+use kiln_vcpu_manager::{
+    AfterFirstExit, EndHooks, KickSignal, SpareThread, VcpuManager, VcpuOptions,
+};
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
@@ -24,6 +26,8 @@ pub(crate) struct Vcpus {
     thread: Option<SpareThread>,
     kick_signal: KickSignal,
     thread_name: String,
+    /// See [`crate::warm_up`].
+    pub(crate) after_first_exit: Option<AfterFirstExit>,
 }
 
 /// vCPUs that are being created.
@@ -67,6 +71,7 @@ impl ComingVcpus {
             thread: self.thread,
             kick_signal,
             thread_name,
+            after_first_exit: None,
         })
     }
 }
@@ -120,6 +125,7 @@ impl Vcpus {
             read_memory: Some(Arc::new(move |address, data| {
                 memory.read_slice(data, GuestAddress(address)).is_ok()
             })),
+            after_first_exit: self.after_first_exit,
             ..VcpuOptions::default()
         };
         let bus: Arc<dyn VcpuBus> = machine.buses();

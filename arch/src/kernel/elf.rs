@@ -1,8 +1,11 @@
 //! 64-bit ELF kernels (System V ABI, chapters 4 and 5), and the note with their PVH entry.
 
+use std::ops::Range;
+
 use kiln_memory::GuestMemory;
 
 use super::field::{u16_at, u32_at, u64_at};
+use super::sections::{self, Section};
 use super::{BootProtocol, KernelProblem};
 use crate::Error;
 use crate::file::ImageFile;
@@ -31,13 +34,14 @@ const TYPE_EXECUTABLE: u16 = 2;
 const TYPE_SHARED: u16 = 3;
 const MACHINE_X86_64: u16 = 62;
 const PROGRAM_HEADER_SIZE: u16 = 56;
-const SECTION_HEADER_SIZE: u16 = 64;
-/// In a section header: the size, which in the first one counts the sections where `e_shnum` cannot.
-const SECTION_SIZE: u64 = 32;
+/// Tables of more sections are not looked at; a kernel has some fifty.
+const MAX_SECTIONS: u64 = 1024;
 /// A kernel has about five.
 const MAX_PROGRAM_HEADERS: u16 = 128;
 
 const PT_LOAD: u32 = 1;
+/// A segment that can be written to.
+const PF_W: u32 = 1 << 1;
 const PT_NOTE: u32 = 4;
 /// Notes that are longer are not looked at to their end; those of Linux take some hundred bytes.
 const MAX_NOTES_SIZE: u64 = 0x1_0000;
@@ -53,8 +57,11 @@ pub(super) struct Elf {
     pvh_entry: Option<u64>,
     /// What is loaded, sorted by address: none is empty, and no two overlap.
     segments: Vec<Segment>,
+    /// Guest physical addresses of what the kernel changes when it starts, whole pages.
+    changing: Vec<Range<u64>>,
 }
 
+/// A segment, or a part of one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Segment {
     start: u64,
@@ -82,6 +89,29 @@ impl Segment {
         }
     }
 
+    /// Gives the parts of the segment, of which some are empty whatever the file has there. They are
+    /// sorted, and where the file has something.
+    fn split_at(mut self, empty: &[Range<u64>], parts: &mut Vec<Self>) {
+        for hole in empty {
+            let size = hole.start - self.start;
+            parts.push(Self {
+                end: hole.end,
+                file_size: size,
+                ..self
+            });
+            let taken = hole.end - self.start;
+            self = Self {
+                start: hole.end,
+                end: self.end,
+                offset: self.offset + taken,
+                file_size: self.file_size - taken,
+            };
+        }
+        if self.start < self.end {
+            parts.push(self);
+        }
+    }
+
     /// Where the byte for an address of the segment is in the file.
     fn offset_of(&self, address: u64) -> u64 {
         self.offset + (address - self.start)
@@ -91,7 +121,9 @@ impl Segment {
 /// A program header, as far as it matters.
 struct ProgramHeader {
     kind: u32,
+    flags: u32,
     offset: u64,
+    virtual_address: u64,
     address: u64,
     file_size: u64,
     memory_size: u64,
@@ -127,8 +159,8 @@ impl Elf {
             // Also of kinds that are not loaded: a file that lacks them lost its end.
             within(file.len(), header.offset, header.file_size)?;
         }
-        check_sections(file, header)?;
-        let segments = segments(&headers)?;
+        let sections = read_sections(file, header)?;
+        let segments = segments(&headers, &sections)?;
         let mut pvh_entry = None;
         for header in headers.iter().filter(|header| header.kind == PT_NOTE) {
             let size = header.file_size.min(MAX_NOTES_SIZE) as usize;
@@ -139,6 +171,7 @@ impl Elf {
             entry: u64_at(header, ENTRY),
             pvh_entry,
             segments,
+            changing: changing(&headers, &sections),
         };
         elf.entry(elf.default_protocol())?;
         Ok(elf)
@@ -191,6 +224,12 @@ impl Elf {
         Ok(())
     }
 
+    /// Guest physical addresses of what the kernel will surely change when it starts: its code, which
+    /// it fits to the processor, and its data.
+    pub(super) fn changing(&self) -> &[Range<u64>] {
+        &self.changing
+    }
+
     /// From the first byte of the first segment to the one behind the last.
     pub(super) fn extent(&self) -> (u64, u64) {
         let start = self.segments.first().map_or(0, |segment| segment.start);
@@ -220,7 +259,9 @@ impl ProgramHeader {
     fn parse(bytes: &[u8]) -> Self {
         Self {
             kind: u32_at(bytes, 0),
+            flags: u32_at(bytes, 4),
             offset: u64_at(bytes, 8),
+            virtual_address: u64_at(bytes, 16),
             address: u64_at(bytes, 24),
             file_size: u64_at(bytes, 32),
             memory_size: u64_at(bytes, 40),
@@ -278,27 +319,36 @@ fn check_header(header: &[u8], len: u64) -> Result<(), KernelProblem> {
     within(len, u64_at(header, PHOFF), size)
 }
 
-/// Checks that the table of sections is all there. It is not needed to boot, but it is the last
-/// thing in most files, and so tells one that lost its end.
-fn check_sections(file: &ImageFile, header: &[u8]) -> Result<(), Failure> {
+/// Checks that the table of sections is all there, and reads it. It is not needed to boot, but it is
+/// the last thing in most files, and so tells one that lost its end.
+fn read_sections(file: &ImageFile, header: &[u8]) -> Result<Vec<Section>, Failure> {
     let offset = u64_at(header, SHOFF);
     if offset == 0 {
-        return Ok(());
+        return Ok(Vec::new());
     }
-    if u16_at(header, SHENTSIZE) != SECTION_HEADER_SIZE {
+    if u16_at(header, SHENTSIZE) != sections::HEADER_SIZE {
         return Err(KernelProblem::BadElf("its section headers have the wrong size").into());
     }
-    let entry = u64::from(SECTION_HEADER_SIZE);
+    let entry = u64::from(sections::HEADER_SIZE);
     within(file.len(), offset, entry)?;
     let count = match u16_at(header, SHNUM) {
-        0 => u64_at(&file.read(offset + SECTION_SIZE, 8)?, 0),
+        0 => u64_at(&file.read(offset + sections::SIZE as u64, 8)?, 0),
         count => u64::from(count),
     };
-    Ok(within(file.len(), offset, count.saturating_mul(entry))?)
+    let size = count.saturating_mul(entry);
+    within(file.len(), offset, size)?;
+    if count > MAX_SECTIONS {
+        return Ok(Vec::new());
+    }
+    // At most 64 KiB.
+    Ok(sections::parse(&file.read(offset, size as usize)?))
 }
 
 /// The segments that are loaded, sorted.
-fn segments(headers: &[ProgramHeader]) -> Result<Vec<Segment>, KernelProblem> {
+fn segments(
+    headers: &[ProgramHeader],
+    sections: &[Section],
+) -> Result<Vec<Segment>, KernelProblem> {
     let mut segments = Vec::new();
     for header in headers.iter().filter(|header| header.kind == PT_LOAD) {
         if header.file_size > header.memory_size {
@@ -316,12 +366,13 @@ fn segments(headers: &[ProgramHeader]) -> Result<Vec<Segment>, KernelProblem> {
         if start < KERNEL_MIN_START || end > MMIO_HOLE_START {
             return Err(KernelProblem::SegmentOutside { start, end });
         }
-        segments.push(Segment {
+        let whole = Segment {
             start,
             end,
             offset: header.offset,
             file_size: header.file_size,
-        });
+        };
+        whole.split_at(&empty_parts(header, sections), &mut segments);
     }
     segments.sort_unstable_by_key(|segment| segment.start);
     for pair in segments.windows(2) {
@@ -334,6 +385,48 @@ fn segments(headers: &[ProgramHeader]) -> Result<Vec<Segment>, KernelProblem> {
         return Err(KernelProblem::BadElf("it has no segment to load"));
     }
     Ok(segments)
+}
+
+/// What of a segment is all zeros though the file has something there, as it does in kernels whose
+/// last section is not empty for the linker: whole pages, guest physical addresses. To map or read
+/// them would cost what memory that nobody touched does not.
+fn empty_parts(header: &ProgramHeader, sections: &[Section]) -> Vec<Range<u64>> {
+    let empty = sections.iter().filter(|section| section.is_empty);
+    empty
+        .filter_map(|section| section.within(header.virtual_address, header.file_size))
+        .filter_map(|part| {
+            let start = (header.address + part.start).checked_next_multiple_of(PAGE)?;
+            let end = (header.address + part.end) / PAGE * PAGE;
+            (end.saturating_sub(start) >= MIN_MAPPED).then_some(start..end)
+        })
+        .collect()
+}
+
+/// What a kernel changes when it starts: its code, and what is not constant in segments that can be
+/// written to. Whole pages, guest physical addresses.
+fn changing(headers: &[ProgramHeader], sections: &[Section]) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for header in headers.iter().filter(|header| header.kind == PT_LOAD) {
+        let is_writable = header.flags & PF_W != 0;
+        let parts = sections
+            .iter()
+            .filter(|section| !section.is_empty)
+            .filter(|section| section.is_code || is_writable && section.is_writable)
+            .filter_map(|section| section.within(header.virtual_address, header.file_size));
+        for part in parts {
+            // The sum was found to be in RAM's reach.
+            let start = (header.address + part.start) / PAGE * PAGE;
+            let end = (header.address + part.end).next_multiple_of(PAGE);
+            match ranges.last_mut() {
+                Some(last) if last.end == start || last.contains(&start) => {
+                    last.end = last.end.max(end);
+                }
+                _ => ranges.push(start..end),
+            }
+        }
+    }
+    ranges.retain(|range| range.end - range.start >= MIN_MAPPED);
+    ranges
 }
 
 /// The PVH entry, if one of the notes has it. Notes that make no sense end the search.

@@ -9,6 +9,7 @@ mod bzimage;
 mod elf;
 mod field;
 mod problem;
+mod sections;
 
 use std::fs::File;
 use std::path::Path;
@@ -251,6 +252,21 @@ impl Kernel {
     /// How it will be entered.
     pub fn protocol(&self) -> BootProtocol {
         self.protocol
+    }
+
+    /// What of the guest's memory the kernel will surely change when it starts, of what is mapped
+    /// from its file: guest physical address and size in bytes of each part. Each page of it costs
+    /// the guest three faults, unless it is [taken](kiln_memory::populate) before.
+    pub fn changing_parts(&self) -> Vec<(GuestAddress, u64)> {
+        match &self.image {
+            Image::Elf(_, elf, _) if self.may_map => {
+                let ranges = elf.changing().iter();
+                ranges
+                    .map(|range| (GuestAddress(range.start), range.end - range.start))
+                    .collect()
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// The setup header and what follows from it, of a bzImage or of what was unpacked from one.

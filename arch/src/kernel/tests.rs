@@ -11,7 +11,7 @@ const MIB: u64 = 1 << 20;
 const LOAD: u64 = 16 * MIB;
 const PVH_ENTRY: u64 = LOAD + 0x2010;
 
-fn put(bytes: &mut Vec<u8>, at: usize, value: &[u8]) {
+pub(super) fn put(bytes: &mut Vec<u8>, at: usize, value: &[u8]) {
     bytes.resize(bytes.len().max(at + value.len()), 0);
     bytes[at..at + value.len()].copy_from_slice(value);
 }
@@ -79,7 +79,7 @@ pub(crate) fn bzimage_of(elf: &[u8]) -> Vec<u8> {
 type Header = (u32, u64, u64, u64, u64);
 
 /// An ELF image with its sections behind everything else, as linkers make it.
-fn elf_with(headers: &[Header], len: usize) -> Vec<u8> {
+pub(super) fn elf_with(headers: &[Header], len: usize) -> Vec<u8> {
     let mut image = vec![0; 64];
     for (at, value) in [
         (0, &b"\x7fELF\x02\x01\x01"[..]),

@@ -10,7 +10,7 @@
 //! | `options` | [`MemoryOptions`], [`Backing`], [`HugePages`] |
 //! | `allocate` | [`allocate`]: regions to mappings |
 //! | `discard` | [`discard`], [`discard_slice`]: pages back to the host; [`resident`]: what it holds |
-//! | `overlay` | [`map_file`]: a file mapped instead of read |
+//! | `overlay` | [`map_file`]: a file mapped instead of read; [`populate`]: pages taken ahead of use |
 //! | `slices` | [`scatter`], [`gather`]: copies to and from guest RAM in pieces |
 //! | `error` | [`Error`] |
 //!
@@ -46,7 +46,7 @@ pub use allocate::allocate;
 pub use discard::{discard, discard_slice, resident};
 pub use error::{Error, HugePageSize};
 pub use options::{Backing, HugePages, MemoryOptions};
-pub use overlay::map_file;
+pub use overlay::{map_file, populate};
 pub use size::{MemorySize, ParseMemorySizeError};
 pub use slices::{gather, gather_into, scatter};
 

@@ -124,6 +124,6 @@ pub use counters::ExitCounts;
 pub use end::{Crash, CrashCause, InstructionBytes, MachineEnd};
 pub use error::Error;
 pub use manager::VcpuManager;
-pub use options::{EndHook, EndHooks, ReadMemory, VcpuOptions};
+pub use options::{AfterFirstExit, EndHook, EndHooks, ReadMemory, VcpuOptions};
 pub use signal::KickSignal;
 pub use spare::SpareThread;

@@ -86,8 +86,11 @@ impl VcpuManager {
             thread_name,
             start_paused,
             read_memory,
+            after_first_exit,
         } = options;
-        let shared = Arc::new(Shared::new(vcpus, bus, read_memory, kick_signal, hooks));
+        let mut shared = Shared::new(vcpus, bus, read_memory, kick_signal, hooks);
+        shared.after_first_exit = after_first_exit;
+        let shared = Arc::new(shared);
         let threads = spawn(first, &shared, kick_signal, &thread_name)?;
         if start_paused {
             drop(shared.wait_until(None, |state| shared.all_parked(state)));

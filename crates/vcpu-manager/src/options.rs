@@ -9,6 +9,10 @@ use crate::{KickSignal, MachineEnd};
 /// whether it could.
 pub type ReadMemory = Arc<dyn Fn(u64, &mut [u8]) -> bool + Send + Sync>;
 
+/// What is to be done when the guest has run for a moment. It is given what says whether the vCPU is
+/// wanted meanwhile, to be paused or stopped: it then returns soon.
+pub type AfterFirstExit = Arc<dyn Fn(&dyn Fn() -> bool) + Send + Sync>;
+
 /// What can be chosen about the vCPU threads of a machine.
 #[derive(Clone)]
 pub struct VcpuOptions {
@@ -22,16 +26,21 @@ pub struct VcpuOptions {
     /// By which the instruction at which the machine crashed is read, for the report; called on a
     /// vCPU's thread. Without it the report has the bytes only where KVM gives them.
     pub read_memory: Option<ReadMemory>,
+    /// Called once, on the first vCPU's thread, when its first exit to the program was answered: for
+    /// what would hold up the guest's first instruction, and is worth that the guest waits for it
+    /// then.
+    pub after_first_exit: Option<AfterFirstExit>,
 }
 
 impl Default for VcpuOptions {
-    /// Running from the start, threads `vcpu0`, `vcpu1`, ..., the default signal, no memory.
+    /// Running from the start, threads `vcpu0`, `vcpu1`, ..., the default signal, no memory, nothing to do.
     fn default() -> Self {
         Self {
             kick_signal: KickSignal::default(),
             thread_name: "vcpu".to_owned(),
             start_paused: false,
             read_memory: None,
+            after_first_exit: None,
         }
     }
 }
@@ -43,6 +52,7 @@ impl fmt::Debug for VcpuOptions {
             .field("thread_name", &self.thread_name)
             .field("start_paused", &self.start_paused)
             .field("read_memory", &self.read_memory.is_some())
+            .field("after_first_exit", &self.after_first_exit.is_some())
             .finish()
     }
 }

@@ -122,6 +122,11 @@ impl RunPage {
         self.immediate_exit().swap(1, Ordering::SeqCst) == 0
     }
 
+    /// Whether an exit was requested, and not taken back.
+    pub(crate) fn exit_is_requested(&self) -> bool {
+        self.immediate_exit().load(Ordering::Relaxed) != 0
+    }
+
     /// Takes the request back. Who calls it looks at what was asked for *after* it.
     pub(crate) fn clear_exit_request(&self) {
         self.immediate_exit().swap(0, Ordering::SeqCst);

@@ -22,7 +22,7 @@ use kvm_ioctls::VcpuFd;
 use crate::counters::Counters;
 use crate::end::{Crash, CrashCause, InstructionBytes, MachineEnd};
 use crate::instruction;
-use crate::options::{EndHook, EndHooks, ReadMemory};
+use crate::options::{AfterFirstExit, EndHook, EndHooks, ReadMemory};
 use crate::run_page::RunPage;
 use crate::signal::{self, KickSignal, ThreadId};
 
@@ -92,6 +92,7 @@ pub(crate) struct Shared {
     pub(crate) vcpus: Box<[Vcpu]>,
     pub(crate) bus: Arc<dyn VcpuBus>,
     pub(crate) read_memory: Option<ReadMemory>,
+    pub(crate) after_first_exit: Option<AfterFirstExit>,
     kick_signal: KickSignal,
     pub(crate) state: Mutex<State>,
     /// Wakes the vCPU threads.
@@ -114,6 +115,7 @@ impl Shared {
             vcpus,
             bus,
             read_memory,
+            after_first_exit: None,
             kick_signal,
             state: Mutex::new(State {
                 goal: Goal::Pause,

@@ -11,6 +11,7 @@ use kvm_ioctls::VcpuFd;
 
 use crate::counters::Kind;
 use crate::end::{CrashCause, InstructionBytes, MachineEnd};
+use crate::options::AfterFirstExit;
 use crate::run_page::{Exit, Pio, RunPage};
 use crate::shared::{NAP, Shared, Vcpu, lock, vcpu_id};
 
@@ -42,10 +43,13 @@ pub(crate) fn run_thread(shared: &Shared, index: usize) {
     let entered = shared.enter(index);
     let vcpu = &shared.vcpus[index];
     let mut can_run = true;
+    let mut first_exit = shared.after_first_exit.as_ref().filter(|_| index == 0);
     while shared.wait_to_run(can_run) {
         let mut fd = lock(&vcpu.fd);
-        let left = catch_unwind(AssertUnwindSafe(|| run(vcpu, &mut fd, &*shared.bus)))
-            .unwrap_or_else(|payload| CrashCause::DevicePanic(panic_message(&*payload)).into());
+        let left = catch_unwind(AssertUnwindSafe(|| {
+            run(vcpu, &mut fd, &*shared.bus, &mut first_exit)
+        }))
+        .unwrap_or_else(|payload| CrashCause::DevicePanic(panic_message(&*payload)).into());
         match left {
             Left::Interrupted => {}
             Left::NotStarted => shared.rest(),
@@ -73,8 +77,13 @@ pub(crate) fn run_thread(shared: &Shared, index: usize) {
 }
 
 /// Runs the guest until there is something for the thread to decide. Allocates, locks and logs
-/// nothing while the guest runs on.
-fn run(vcpu: &Vcpu, fd: &mut VcpuFd, bus: &dyn VcpuBus) -> Left {
+/// nothing while the guest runs on, but for what is to be done after its first exit.
+fn run(
+    vcpu: &Vcpu,
+    fd: &mut VcpuFd,
+    bus: &dyn VcpuBus,
+    first_exit: &mut Option<&AfterFirstExit>,
+) -> Left {
     let page = &vcpu.page;
     let mut not_started = 0;
     loop {
@@ -101,6 +110,9 @@ fn run(vcpu: &Vcpu, fd: &mut VcpuFd, bus: &dyn VcpuBus) -> Left {
         vcpu.counters.count(kind(&exit));
         if let ControlFlow::Break(left) = handle(page, bus, exit) {
             return left;
+        }
+        if let Some(then) = first_exit.take() {
+            then(&|| page.exit_is_requested());
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Pause, resume and stop, whatever the guest is at.
 
 use std::ops::ControlFlow;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::Instant;
@@ -467,4 +467,23 @@ fn the_machine_is_at_rest_when_its_hook_is_called_and_stop_waits_for_the_hook() 
     let seen = seen.lock().unwrap().take();
     assert_eq!(seen, Some((MachineEnd::Stopped, Some(MachineEnd::Stopped))));
     drop(memory);
+}
+
+#[test]
+fn something_is_done_once_after_the_first_exit() {
+    let Some(kvm) = kvm() else { return };
+    // Two port writes, and the end.
+    let code = [&[0xba, RECORD as u8, 0x00, 0xee, 0xee][..], &POWER_OFF].concat();
+    let mut guest = Guest::new(&kvm, &code, true);
+    let (sender, done) = channel();
+    let sender = Mutex::new(sender);
+    guest.options.after_first_exit = Some(Arc::new(move |is_wanted| {
+        let name = thread::current().name().unwrap().to_owned();
+        sender.lock().unwrap().send((name, is_wanted())).unwrap();
+    }));
+    let name = format!("{}0", guest.options.thread_name);
+    let started = guest.start();
+    assert_eq!(started.end(), powered_off());
+    assert_eq!(started.bus.accesses().len(), 2);
+    assert_eq!(done.try_iter().collect::<Vec<_>>(), [(name, false)]);
 }
