@@ -19,6 +19,7 @@
 mod args;
 mod check;
 mod config;
+mod footprint;
 mod metrics;
 mod process;
 mod run;
