@@ -10,6 +10,11 @@ use crate::guest;
 use crate::stats::{Row, rows};
 use crate::subject::{Programs, Subject, first_byte, spawn};
 
+/// How long a machine runs before its memory is looked at: what its start needed is given back then.
+const REST: Duration = Duration::from_secs(1);
+/// A tap that is there as long as the machine, for those who may make one.
+const TAP: &str = "kiln-memory";
+
 /// The program of a guest that has halted; killed when dropped.
 struct Idle(Child);
 
@@ -92,23 +97,33 @@ pub(crate) fn run(programs: &Programs, runs: u32, folder: &Path) -> Result<Vec<R
     let kernel = guest::write(folder, "halted", &guest::halted(), 0)?;
     let disk = folder.join("disk");
     std::fs::write(&disk, vec![0; 1 << 20]).context("write a disk")?;
+    let with_disk = vec!["--disk".to_owned(), disk.display().to_string()];
+    let net = ["--net".to_owned(), format!("tap={TAP}")];
+    let with_both = [&with_disk[..], &net].concat();
+    let is_refused = Idle::start(programs, Subject::Kiln, &kernel, &with_both, 128).is_err();
+    let (extras, devices) = if is_refused {
+        (with_disk, "a disk; we may make no tap")
+    } else {
+        (with_both, "a disk and a network interface")
+    };
     let mut all = Vec::new();
     for mib in [128, 4096] {
         let mut samples = Vec::new();
         for subject in programs.subjects() {
             let extra = match subject {
-                Subject::Kiln => vec!["--disk".to_owned(), disk.display().to_string()],
-                Subject::Floor | Subject::Qemu => Vec::new(),
+                Subject::Kiln => &extras[..],
+                Subject::Floor | Subject::Qemu => &[],
             };
             let mut figures = Vec::new();
             for _ in 0..runs.min(5) {
-                let idle = Idle::start(programs, subject, &kernel, &extra, mib)?;
+                let idle = Idle::start(programs, subject, &kernel, extra, mib)?;
+                std::thread::sleep(REST);
                 // A guest may lie in two parts, of which the smaller has a quarter at least.
                 figures.push(idle.overhead(u64::from(mib) << 18)?);
             }
             samples.push((subject.name(), figures));
         }
-        let what = format!("resident beside a guest of {mib} MiB, KiB (kiln: with a disk)");
+        let what = format!("resident beside a guest of {mib} MiB, KiB (kiln: with {devices})");
         all.extend(rows(&what, &samples));
     }
     Ok(all)
@@ -123,6 +138,7 @@ pub(crate) fn density(programs: &Programs, machines: u32, folder: &Path) -> Resu
             let idle = (0..count)
                 .map(|_| Idle::start(programs, subject, &kernel, &[], 128))
                 .collect::<Result<Vec<_>>>()?;
+            std::thread::sleep(REST);
             let sum = |what: fn(&Idle) -> Result<f64>| idle.iter().map(what).sum::<Result<f64>>();
             let before = sum(Idle::processor)?;
             std::thread::sleep(Duration::from_secs(2));
