@@ -21,7 +21,7 @@ use crate::{block, boot, exits, net};
 
 /// How long the machine may say nothing. On an idle host it starts in ten seconds and a guest boots
 /// in twenty.
-const SILENCE: Duration = Duration::from_secs(200);
+const SILENCE: Duration = Duration::from_secs(300);
 /// How many machines in a row may end without a single figure.
 const FRUITLESS: u32 = 4;
 /// How often a job is tried in one machine: a guest stands still more often than the machine does.
