@@ -9,6 +9,7 @@
 //! | [`bytes`] | bytes for guests to carry |
 //! | [`program`] | the `kiln` program as a process |
 //! | [`linux`] | Debian's kernels as its guests |
+//! | [`image`] | disk images, and whether they are whole |
 //! | [`tap`] | tap interfaces for their networks |
 //! | [`vsock`] | socket devices for them, and programs to talk to |
 //! | [`terminal`] | the `kiln` program on a terminal |
@@ -24,6 +25,8 @@
 //! | `tests/linux_transports.rs` | Linux guests and how they reach their virtio devices |
 //! | `tests/linux.rs` | the `kiln` program with real Linux guests; needs KVM with hardware behind it |
 //! | `tests/linux_block.rs` | Linux guests and their disks |
+//! | `tests/linux_qcow2.rs` | Linux guests on qcow2 images |
+//! | `tests/linux_crash.rs` | Linux guests whose machine is killed while they write |
 //! | `tests/linux_console.rs` | Linux guests on a virtio console, with named ports and random numbers |
 //! | `tests/linux_vsock.rs` | Linux guests that talk to programs of the host |
 //! | `tests/linux_net_user.rs` | Linux guests on the host's own network, without privileges |
@@ -35,6 +38,7 @@
 pub mod bytes;
 pub mod elf;
 pub mod guests;
+pub mod image;
 pub mod linux;
 pub mod machines;
 pub mod program;

@@ -192,61 +192,91 @@ fn a_guest_sees_that_its_disk_is_larger(transport: Transport) {
     );
 }
 
-/// Random sizes and depths on every queue of two disks, each block verified.
-fn verify(transport: Transport, options: &str, mib: u64) {
-    let linux = Linux::new("6.12", transport);
-    let disk = image(linux.folder.path(), "disk", 48);
-    let linux = linux
-        .disk(&disk, &format!(",id=disk{options}"))
-        .tools()
-        .arg("--cpus")
-        .arg("2");
+/// A disk of `format=` in its options, or a raw one.
+fn image_of(folder: &Path, name: &str, options: &str, mib: u64) -> PathBuf {
+    let path = folder.join(name);
+    let backing = options
+        .split(',')
+        .find_map(|it| it.strip_prefix("backing="));
+    if options.contains("format=qcow2") {
+        if let Some(backing) = backing {
+            // The guest's own data is what it finds in there, too.
+            let base = File::create(backing).unwrap();
+            base.set_len(mib * MIB).unwrap();
+        }
+        let backing = backing.map(|path| (Path::new(path), "raw"));
+        kiln_tests::image::create_qcow2(&path, mib * MIB, backing).unwrap();
+        path
+    } else {
+        image(folder, name, mib)
+    }
+}
+
+/// Random sizes and depths on every queue of disks with these options, each block verified.
+fn verify(transport: Transport, disks: &[&str], mib: u64) {
+    let mut linux = Linux::new("6.12", transport).arg("--cpus").arg("2");
+    let folder = linux.folder.path().to_owned();
+    let mut jobs = String::new();
+    let mut images = Vec::new();
+    for (options, name) in disks.iter().zip(["vda", "vdb", "vdc"]) {
+        let backing = format!("backing={}", folder.join(format!("base-{name}")).display());
+        let options = options.replace("backing", &backing);
+        let path = image_of(&folder, name, &options, 48);
+        linux = linux.disk(&path, &format!(",id={name}{options}"));
+        images.push((path, options));
+        jobs += &format!(
+            " --name=deep --filename=/dev/{name} --size=24M --io_size={mib}M --rw=randrw \
+                 --bsrange=4k-256k --ioengine=libaio --iodepth=16 --direct=1 --verify=crc32c \
+                 --verify_fatal=1 --cpus_allowed=0 --fsync=16 --thread \
+                 --name=wide --filename=/dev/{name} --offset=24M --size=24M --io_size={mib}M \
+                 --rw=randwrite --bsrange=512-64k --ioengine=libaio --iodepth=3 --direct=1 \
+                 --verify=crc32c --verify_fatal=1 --cpus_allowed=1 --trim_percentage=5 --thread"
+        );
+    }
     let outcome = linux
+        .tools()
         .run(&format!(
             ". kiln-tools
-             fio --name=deep --filename=/dev/vda --size=24M --io_size={mib}M --rw=randrw \\
-                 --bsrange=4k-256k --ioengine=libaio --iodepth=16 --direct=1 --verify=crc32c \\
-                 --verify_fatal=1 --cpus_allowed=0 --fsync=16 --thread \\
-                 --name=wide --filename=/dev/vda --offset=24M --size=24M --io_size={mib}M \\
-                 --rw=randwrite --bs=512-64k --ioengine=libaio --iodepth=3 --direct=1 \\
-                 --verify=crc32c --verify_fatal=1 --cpus_allowed=1 --trim_percentage=5 \\
-                 --thread --output-format=terse >/tmp/fio 2>&1
+             fio --output-format=terse {jobs} >/tmp/fio 2>&1
              status=$?
              [ $status = 0 ] || cat /tmp/fio
              echo fio=$status"
         ))
         .unwrap();
     assert_passed(&outcome);
-    assert_eq!(
-        outcome.value("fio"),
-        Some("0"),
-        "{options}: {}",
-        outcome.output
-    );
+    let output = &outcome.output;
+    assert_eq!(outcome.value("fio"), Some("0"), "{disks:?}: {output}");
+    for (path, options) in images {
+        if options.contains("format=qcow2") {
+            kiln_tests::image::check_qcow2(&path, false).unwrap();
+        }
+    }
 }
 
 fn what_fio_writes_is_what_it_reads(transport: Transport) {
-    for options in [",engine=io_uring", ",engine=sync"] {
-        verify(transport, options, 8);
-    }
+    let disks = [",engine=io_uring", ",engine=sync", ",format=qcow2"];
+    verify(transport, &disks, 8);
 }
 
 #[test]
 #[ignore = "needs hardware KVM: run by cargo xtask test"]
 fn what_fio_writes_is_what_it_reads_in_full() {
     for transport in [Transport::Pci, Transport::Mmio] {
-        for options in [
-            ",engine=auto",
-            ",engine=io_uring",
-            ",engine=sync",
-            ",direct",
-            ",direct,engine=sync",
-            ",cache=writethrough",
-            ",queues=1",
-            ",engine=io_uring,queues=3",
-            ",io-threads=queue,engine=io_uring",
+        for disks in [
+            [",engine=auto", ",engine=io_uring", ",engine=sync"],
+            [",direct", ",direct,engine=sync", ",cache=writethrough"],
+            [
+                ",queues=1",
+                ",engine=io_uring,queues=3",
+                ",io-threads=queue,engine=io_uring",
+            ],
+            [
+                ",format=qcow2",
+                ",format=qcow2,backing",
+                ",format=qcow2,cache=writethrough",
+            ],
         ] {
-            verify(transport, options, 96);
+            verify(transport, &disks, 48);
         }
     }
 }
