@@ -233,8 +233,8 @@ fn verify(transport: Transport, disks: &[&str], mib: u64) {
                  --verify=crc32c --verify_fatal=1 --cpus_allowed=1 --trim_percentage=5 --thread"
         );
     }
+    let linux = linux.tools();
     let outcome = linux
-        .tools()
         .run(&format!(
             ". kiln-tools
              fio --output-format=terse {jobs} >/tmp/fio 2>&1
