@@ -248,7 +248,7 @@ fn verify(transport: Transport, disks: &[&str], mib: u64) {
     assert_eq!(outcome.value("fio"), Some("0"), "{disks:?}: {output}");
     for (path, options) in images {
         if options.contains("format=qcow2") {
-            kiln_tests::image::check_qcow2(&path, false).unwrap();
+            kiln_tests::image::check_qcow2(&path, true).unwrap();
         }
     }
 }
