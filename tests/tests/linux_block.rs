@@ -255,7 +255,7 @@ fn verify(transport: Transport, disks: &[&str], mib: u64) {
 
 fn what_fio_writes_is_what_it_reads(transport: Transport) {
     let disks = [",engine=io_uring", ",engine=sync", ",format=qcow2"];
-    verify(transport, &disks, 8);
+    verify(transport, &disks, 4);
 }
 
 #[test]
@@ -276,7 +276,7 @@ fn what_fio_writes_is_what_it_reads_in_full() {
                 ",format=qcow2,cache=writethrough",
             ],
         ] {
-            verify(transport, &disks, 48);
+            verify(transport, &disks, 24);
         }
     }
 }
