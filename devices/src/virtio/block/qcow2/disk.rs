@@ -11,6 +11,7 @@ use imago::{FormatAccess, Mapping};
 use kiln_memory::{GuestSlice, scatter};
 
 use super::chain::{self, Chain};
+use super::compressed::checked;
 use super::image::{Image, ImageFile, zero};
 use super::{BackingFiles, DriverPanic, Qcow2Error, guarded};
 use crate::virtio::block::{BlockBackend, BlockProperties, RawFileError, SECTOR_SIZE};
@@ -107,6 +108,22 @@ impl Qcow2File {
         Ok(disk)
     }
 
+    /// Checks the compressed clusters that a change of this range changes in part: the driver copies
+    /// the rest of them.
+    fn check_edges(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let (cluster, size) = (1u64 << self.cluster_bits, self.size);
+        let end = offset.saturating_add(len);
+        self.with(|access, bounce| {
+            for edge in [offset, end] {
+                let start = edge - edge % cluster;
+                if start != edge {
+                    check_compressed(access, bounce, start, (start + cluster).min(size))?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Has the driver do something, if it can still be asked.
     pub(super) fn with<T>(
         &mut self,
@@ -149,6 +166,8 @@ impl BlockBackend for Qcow2File {
     }
 
     fn write_at(&mut self, offset: u64, buffers: &[GuestSlice<'_>]) -> io::Result<()> {
+        let len = buffers.iter().map(|buffer| buffer.len() as u64).sum();
+        self.check_edges(offset, len)?;
         self.with(|access, _| write(access, offset, buffers))
     }
 
@@ -172,6 +191,7 @@ impl BlockBackend for Qcow2File {
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
         let (file, kind) = (Arc::clone(&self.file), self.discard);
+        self.check_edges(offset, len)?;
         self.with(|access, _| {
             give_back(access, &file, offset, len, |access, at, len| match kind {
                 Discard::ToZeros => access.discard_to_any(at, len),
@@ -182,6 +202,7 @@ impl BlockBackend for Qcow2File {
 
     fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         let file = Arc::clone(&self.file);
+        self.check_edges(offset, len)?;
         self.with(|access, _| match unmap {
             true => give_back(access, &file, offset, len, FormatAccess::discard_to_zero),
             false => access.write_zeroes(offset, len),
@@ -273,12 +294,35 @@ fn read(
             Mapping::Zero { .. } => zero(&part, 0),
             Mapping::Special { layer, offset, .. } => {
                 bounce.resize(len, 0);
-                layer.read(&mut bounce[..], offset)?;
+                checked(|| layer.read(&mut bounce[..], offset))?;
                 scatter(bounce, part.iter());
             }
             _ => return Err(io::ErrorKind::UnexpectedEof.into()),
         }
         done += len;
+    }
+    Ok(())
+}
+
+/// Reads what is compressed of a range, to see that it can be.
+fn check_compressed(
+    access: &FormatAccess<Image>,
+    bounce: &mut Vec<u8>,
+    mut at: u64,
+    end: u64,
+) -> io::Result<()> {
+    while at < end {
+        let (mapping, len) = access.get_mapping(at, end - at)?;
+        if len == 0 {
+            break;
+        }
+        if let Mapping::Special { layer, offset, .. } = mapping {
+            bounce.resize(usize::try_from(len).unwrap_or(BOUNCE).min(BOUNCE), 0);
+            checked(|| layer.read(&mut bounce[..], offset))?;
+            at += bounce.len() as u64;
+            continue;
+        }
+        at += len;
     }
     Ok(())
 }

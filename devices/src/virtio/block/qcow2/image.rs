@@ -30,6 +30,7 @@ use imago::storage::drivers::CommonStorageHelper;
 use kiln_memory::GuestSlice;
 use rustix::fs::{FallocateFlags, fallocate};
 
+use super::compressed;
 use super::header::{HEADER_V2, Header, L1_TABLE};
 use super::refcounts::Layout;
 use crate::virtio::iovec::{read_at_most, write_all_at};
@@ -353,6 +354,9 @@ impl Storage for Image {
                 }
             }
             offset = offset.saturating_add(buffer.len() as u64);
+            if self.content == Content::Data {
+                compressed::check(&buffer)?;
+            }
         }
         Ok(())
     }

@@ -8,9 +8,11 @@
 //! | `header`, `refcounts` | what is checked before the driver sees an image |
 //! | `chain` | backing files: which may be opened, and how |
 //! | `image` | the files as the driver sees them: what may be written where, and in what order |
+//! | `compressed` | what is checked of a compressed cluster |
 //! | `disk` | [`Qcow2File`] as a backend |
 
 mod chain;
+mod compressed;
 mod disk;
 mod error;
 mod header;

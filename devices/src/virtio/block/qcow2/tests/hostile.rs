@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::*;
+use crate::virtio::block::qcow2::compressed::tests::stream;
 
 /// How long all images of a test may take together; each takes less than a millisecond.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -194,6 +195,49 @@ fn a_driver_puts_no_table_into_the_header_of_an_image() {
         let mut start = [0; 36];
         std::os::unix::fs::FileExt::read_exact_at(&copy, &mut start, 0).unwrap();
         assert_eq!(start[..36], image[..36], "{seed}");
+    }
+}
+
+#[test]
+fn a_damaged_compressed_cluster_does_not_show_what_is_in_memory() {
+    let ram = Ram::new();
+    let rest = pattern(7, CLUSTER - 4);
+    for (distance_code, is_good) in [(0, true), (3, false)] {
+        let mut image = small_image();
+        let bytes = stream(distance_code, &rest);
+        image[6 * CLUSTER + 100..][..bytes.len()].copy_from_slice(&bytes);
+        let mut disk = open_bytes(&image, false).unwrap();
+        let place = 2 * CLUSTER as u64;
+        let expected = [&b"AAAA"[..], &rest].concat();
+        let read = ram.read(&mut disk, place, CLUSTER).ok();
+        assert_eq!(read, is_good.then_some(expected));
+    }
+    // Nor is it copied, where a cluster is larger than a sector and is written in part.
+    let mut image = empty_image(12, 4, 1 << 20);
+    let l2 = image.len() as u64;
+    let place = l2 + 4096;
+    image.resize(image.len() + 3 * 4096, 0);
+    image[3 * 4096..][..8].copy_from_slice(&(1 << 63 | l2).to_be_bytes());
+    for cluster in [l2, place, place + 4096] {
+        image[2 * 4096 + (cluster >> 12) as usize * 2 + 1] = 1;
+    }
+    let rest = pattern(7, 4096 - 4);
+    for (distance_code, is_good) in [(0, true), (3, false)] {
+        let bytes = stream(distance_code, &rest);
+        image[place as usize..][..bytes.len()].copy_from_slice(&bytes);
+        // The bits for the number of further sectors are the upper four of the place's.
+        let entry = 1 << 62 | 8_u64 << 58 | place;
+        image[l2 as usize..][..8].copy_from_slice(&entry.to_be_bytes());
+        let mut disk = open_bytes(&image, false).unwrap();
+        let written = ram.write(&mut disk, 1024, &pattern(9, 512));
+        assert_eq!(written.is_ok(), is_good);
+        let zeroed = disk.write_zeroes(2048, 512, false);
+        assert_eq!(zeroed.is_ok(), is_good);
+        let read = ram.read(&mut disk, 0, 8).ok();
+        assert_eq!(read, is_good.then(|| [&b"AAAA"[..], &rest[..4]].concat()));
+        // All of it is there again when it has been written over.
+        ram.write(&mut disk, 0, &pattern(10, 4096)).unwrap();
+        assert_eq!(ram.read(&mut disk, 0, 4096).unwrap(), pattern(10, 4096));
     }
 }
 
