@@ -281,10 +281,10 @@ fn a_network_carries_pings_and_streams_both_ways(transport: Transport) {
         .arg("tap=kilntest0,mac=06:00:00:00:01:01")
         .cmdline("kiln.ip=eth0:192.168.101.2/24");
     let sent = linux.folder.path().join("sent");
-    fs::write(&sent, noise(11, 64 << 20)).unwrap();
+    fs::write(&sent, noise(11, 16 << 20)).unwrap();
     let received = linux.folder.path().join("received");
 
-    // One server gives 64 MiB, the other takes 64 MiB.
+    // One server gives 16 MiB, the other takes them.
     let give = std::net::TcpListener::bind("192.168.101.1:7001").unwrap();
     let take = std::net::TcpListener::bind("192.168.101.1:7002").unwrap();
     let (from, to) = (sent.clone(), received.clone());
