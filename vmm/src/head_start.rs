@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
-use kiln_vcpu_manager::SpareThread;
+use kiln_vcpu_manager::{SpareThread, recv_soon};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use crate::host::{KVM_PATH, SystemFd};
@@ -132,7 +132,7 @@ impl Source {
         head_start: Option<HeadStart>,
     ) -> Result<(Self, Arc<VmFd>), BuildError> {
         if let (None, Some(head_start)) = (host, head_start) {
-            let vm = head_start.vm.recv().map_err(|_| gone())??;
+            let vm = recv_soon(&head_start.vm).map_err(|_| gone())??;
             let source = Self::Coming {
                 max_vcpus: vm.max_vcpus,
                 host: head_start.host,

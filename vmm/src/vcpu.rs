@@ -8,7 +8,7 @@ use kiln_arch::cpuid::{self, Topology};
 use kiln_arch::{boot::EntryPoint, lapic, msr, regs};
 use kiln_device_api::VcpuBus;
 use kiln_vcpu_manager::{
-    AfterFirstExit, EndHooks, KickSignal, SpareThread, VcpuManager, VcpuOptions,
+    AfterFirstExit, EndHooks, KickSignal, SpareThread, VcpuManager, VcpuOptions, recv_soon,
 };
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -62,7 +62,7 @@ impl ComingVcpus {
                 source: io::Error::other("the thread that creates them has ended"),
             })
         };
-        let fds = self.fds.recv().unwrap_or_else(gone)?;
+        let fds = recv_soon(&self.fds).unwrap_or_else(gone)?;
         if let Some(first) = fds.first() {
             set_entry(first, entry)?;
         }

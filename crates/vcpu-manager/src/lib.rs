@@ -126,4 +126,4 @@ pub use error::Error;
 pub use manager::VcpuManager;
 pub use options::{AfterFirstExit, EndHook, EndHooks, ReadMemory, VcpuOptions};
 pub use signal::KickSignal;
-pub use spare::SpareThread;
+pub use spare::{SpareThread, recv_soon};

@@ -2,12 +2,35 @@
 
 use std::fmt;
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{Builder, JoinHandle};
+use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
+use std::thread::{Builder, JoinHandle, yield_now};
+use std::time::{Duration, Instant};
 
 use crate::manager::STACK_SIZE;
 
 type Work = Box<dyn FnOnce() + Send>;
+
+/// How long it is worth to stay awake for what comes soon: to wake a processor that sleeps takes a
+/// good part of that.
+const SOON: Duration = Duration::from_micros(300);
+
+/// Receives what another thread is about to send: stays awake for some hundred microseconds, in which
+/// other threads have the processor if they want it, and sleeps then.
+///
+/// # Errors
+///
+/// As [`Receiver::recv`]: nobody can send any more.
+pub fn recv_soon<T>(receiver: &Receiver<T>) -> Result<T, RecvError> {
+    let since = Instant::now();
+    while since.elapsed() < SOON {
+        match receiver.try_recv() {
+            Ok(value) => return Ok(value),
+            Err(TryRecvError::Disconnected) => return Err(RecvError),
+            Err(TryRecvError::Empty) => yield_now(),
+        }
+    }
+    receiver.recv()
+}
 
 /// A thread that helps to make a machine, and becomes the thread of its first vCPU: started early,
 /// it costs the start of the machine no time.
@@ -41,7 +64,7 @@ impl SpareThread {
             .name("spare".to_owned())
             .stack_size(STACK_SIZE)
             .spawn(move || {
-                for work in to_do {
+                while let Ok(work) = recv_soon(&to_do) {
                     work();
                 }
             })?;
@@ -88,6 +111,20 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
+
+    #[test]
+    fn what_comes_is_received_however_late_it_is() {
+        let (sender, receiver) = channel();
+        sender.send(1).unwrap();
+        assert_eq!(recv_soon(&receiver), Ok(1));
+        let late = std::thread::spawn(move || {
+            std::thread::sleep(20 * SOON);
+            sender.send(2).unwrap();
+        });
+        assert_eq!(recv_soon(&receiver), Ok(2));
+        late.join().unwrap();
+        assert_eq!(recv_soon(&receiver), Err(RecvError));
+    }
 
     #[test]
     fn work_is_done_in_its_order_and_the_last_of_it_ends_the_thread() {
