@@ -150,7 +150,7 @@ mod tests {
         assert!(receiver.recv().is_err());
         // It ends a moment after what it was given is dropped.
         while !spare.join.as_ref().unwrap().is_finished() {
-            std::thread::yield_now();
+            yield_now();
         }
         assert!(spare.finish_with(Box::new(|| ())).is_none());
     }
